@@ -83,7 +83,10 @@ def tiny_model(
         return AutoModelForCausalLM.from_config(config).eval()
 
 # %% ../nbs/api/01_models.ipynb #01-models-19
-_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+def _inputs(batch:Mapping)->dict:
+    "The part of a batch that a model reads; states given as `inputs_embeds` stand in for `input_ids`."
+    first = "inputs_embeds" if "inputs_embeds" in batch else "input_ids"
+    return {k: batch[k] for k in (first, "attention_mask", "position_ids") if k in batch}
 
 def hidden_states(
     model:nn.Module, # a causal language model, wrapped or not
@@ -92,7 +95,7 @@ def hidden_states(
     "The last hidden state at every position, without the logits of all of them."
     kept = []
     hook = extract_model_from_parallel(model).get_decoder().register_forward_hook(lambda m, args, out: kept.append(out.last_hidden_state))
-    try: model(**{k: batch[k] for k in _INPUTS if k in batch}, use_cache=False, logits_to_keep=1)
+    try: model(**_inputs(batch), use_cache=False, logits_to_keep=1)
     finally: hook.remove()
     return kept[0]
 
