@@ -1,0 +1,25 @@
+"""Small batches and naive references shared by the tests."""
+import torch
+
+from uat_repro.models import tiny_tokenizer
+
+PAIRS = [("a", "ragged lengths"), ("bc", "x"), ("d", "a much longer response than all the others"), ("e", "middle"), ("question?", "yes"), ("f", "no, never")]
+tokenizer = tiny_tokenizer()
+
+
+def rows(pairs=PAIRS):
+    "Encoded records: the second of each pair is the response."
+    out = []
+    for i, (prompt, response) in enumerate(pairs):
+        p, r = tokenizer(prompt)["input_ids"], tokenizer(response)["input_ids"]
+        out.append(dict(input_ids=p + r, labels=[-100] * len(p) + r, id=str(i)))
+    return out
+
+
+def logits_of(model, batch):
+    "Plain logits that predict positions 1 to T - 1. Padding is on the right of causal attention, so the reference can do without a mask."
+    return model(input_ids=batch["input_ids"]).logits[:, :-1]
+
+
+def flat_grad(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()])

@@ -1,0 +1,107 @@
+"""The objective against float64 formulas on plain logits, for three families, every metric that a formula can give, and both granularities."""
+import pytest, torch
+
+from examples import PAIRS, flat_grad, logits_of, rows, tokenizer
+from uat_repro import head as head_module
+from uat_repro.data import Collator
+from uat_repro.distillation import FrozenTeacher
+from uat_repro.models import TINY, tiny_model
+from uat_repro.objective import Objective
+
+batch = Collator(tokenizer)(rows())
+valid = (batch["labels"] != -100)[:, 1:]
+
+
+def naive_mask(o, losses, entropies):
+    "Equation 7 by sorting Python lists; a copy of nothing in the library."
+    import math
+    scores, mask = losses if o.metric == "loss" else entropies, torch.zeros_like(valid)
+    sign = 1 if o.order == "top" else -1
+    if o.granularity == "document":
+        docs = sorted(range(len(valid)), key=lambda b: (-sign * scores[b][valid[b]].mean().item(), b))
+        for b in docs[:math.ceil(o.keep * len(docs))]: mask[b] = valid[b]
+        return mask
+    places = [(b, t) for b in range(valid.shape[0]) for t in range(valid.shape[1]) if valid[b, t]]
+    groups = [[p for p in places if p[0] == b] for b in range(len(valid))] if o.scope == "sequence" else [places]
+    for group in groups:
+        for b, t in sorted(group, key=lambda p: (-sign * scores[p].item(), p))[:math.ceil(o.keep * len(group))]: mask[b, t] = True
+    return mask
+
+
+def naive_loss(o, model, teacher):
+    "Equation 9 in float64, with its own mask."
+    log_p = logits_of(model, batch).double().log_softmax(-1)
+    losses = -log_p.gather(-1, batch["labels"][:, 1:].clamp(min=0)[..., None])[..., 0]
+    m = naive_mask(o, losses.detach(), -(log_p.exp() * log_p).sum(-1).detach())
+    d = valid if o.distill_on == "all" else valid & ~m
+    tau = o.temperature
+    log_s, log_t = (logits_of(x, batch).double().div(tau).log_softmax(-1) for x in (model, teacher))
+    kl = tau**2 * (log_t.exp() * (log_t - log_s)).sum(-1)
+    return losses[m].mean() + o.distill_weight * kl[d].mean(), m
+
+
+OBJECTIVES = [
+    Objective(), Objective(keep=.1, metric="entropy"), Objective(scope="sequence", keep=.4), Objective(order="bottom", keep=.5),
+    Objective(granularity="document", keep=.4), Objective(distill_weight=.7, temperature=2.), Objective(keep=1, distill_weight=1., distill_on="all"),
+]
+
+
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("o", OBJECTIVES, ids=str)
+def test_loss_mask_and_gradient(family, o, monkeypatch):
+    monkeypatch.setattr(head_module, "CHUNK_LOGITS", 7 * 259)  # chunks of 7 tokens, which divide nothing
+    student, teacher = tiny_model(family), FrozenTeacher(tiny_model(family, seed=1))
+    out = o(student, batch, teacher=teacher)
+    out.loss.backward()
+    reference = tiny_model(family).double()
+    loss, mask = naive_loss(o, reference, teacher.model.double())
+    loss.backward()
+    assert torch.equal(out.selected[:, 1:], mask) and not out.selected[:, 0].any()
+    torch.testing.assert_close(out.loss.double(), loss, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(flat_grad(student).double(), flat_grad(reference), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_finite_differences_of_the_distillation_term(family):
+    o, model, teacher = Objective.preset("self_distillation"), tiny_model(family), FrozenTeacher(tiny_model(family, seed=1))
+    o(model, batch, teacher=teacher).loss.backward()
+    weight, direction = model.model.layers[0].mlp.down_proj.weight, torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    slope, step, values = float((weight.grad * direction).sum()), 1e-3, []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight += sign * step * direction
+            values.append(float(o(model, batch, teacher=teacher).loss))
+            weight -= sign * step * direction
+    assert slope == pytest.approx((values[0] - values[1]) / (2 * step), rel=2e-2)
+
+
+def test_distillation_from_itself_is_zero_at_the_start():
+    model = tiny_model()
+    out = Objective.preset("self_distillation")(model, batch, teacher=FrozenTeacher(model))
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(0, abs=1e-5) and flat_grad(model).abs().max() < 1e-4
+
+
+def test_first_response_token_and_end_of_turn_are_predicted():
+    out = Objective.preset("mle")(tiny_model(), batch)
+    for row, (prompt, response) in enumerate(PAIRS):
+        start = len(tokenizer(prompt)["input_ids"])
+        assert out.selected[row].nonzero()[:, 0].tolist() == list(range(start, start + len(tokenizer(response)["input_ids"])))
+
+
+def test_packed_documents_do_not_predict_each_other():
+    r = rows(PAIRS[:2])
+    packed = dict(input_ids=torch.tensor([r[0]["input_ids"] + r[1]["input_ids"]]), labels=torch.tensor([r[0]["input_ids"] + r[1]["input_ids"]]),
+                  position_ids=torch.tensor([[*range(len(r[0]["input_ids"])), *range(len(r[1]["input_ids"]))]]))
+    out = Objective.preset("mle")(tiny_model(), packed)
+    assert not out.selected[0, 0] and not out.selected[0, len(r[0]["input_ids"])]
+    assert int(out.selected.sum()) == packed["labels"].numel() - 2
+
+
+def test_bfloat16_model_is_scored_in_float32():
+    o, half = Objective(), tiny_model().bfloat16()
+    out = o(half, batch)
+    out.loss.backward()
+    scores = out.token_loss[~out.token_loss.isnan()]
+    assert out.token_loss.dtype == torch.float32 and len(scores.unique()) > .9 * len(scores)
+    assert all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() for p in half.parameters())

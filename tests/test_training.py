@@ -1,0 +1,98 @@
+"""The Trainer: one result however a step is cut, in one process or two, with checkpoints, and in TRL."""
+import pytest, torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainingArguments
+
+from examples import flat_grad, rows, tokenizer
+from uat_repro.data import Collator
+from uat_repro.distillation import FrozenTeacher
+from uat_repro.models import tiny_model
+from uat_repro.objective import Objective, as_compute_loss_func
+from uat_repro.training import UncertaintyAwareTrainer
+
+collate = Collator(tokenizer)
+
+
+class InOrder(UncertaintyAwareTrainer):
+    "Without shuffling, so that steps hold the same documents however they are cut."
+    def _get_train_sampler(self, train_dataset=None): return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+@pytest.mark.parametrize("objective", [Objective(scope="sequence", distill_weight=.5), Objective.preset("mle"), Objective(scope="sequence", metric="entropy", keep=.5)], ids=str)
+def test_accumulation_changes_nothing(objective, tmp_path):
+    "Six documents in steps of four: the second step is short, and its micro-batches are ragged."
+    def weights(size, accumulation):
+        args = TrainingArguments(str(tmp_path), num_train_epochs=1, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, optim="sgd",
+                                 learning_rate=.5, max_grad_norm=0, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True)
+        trainer = InOrder(tiny_model(), args, objective, FrozenTeacher(tiny_model(seed=1)), train_dataset=rows(), processing_class=tokenizer)
+        trainer.train()
+        assert trainer.state.global_step == 2
+        return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    whole = weights(4, 1)
+    for size, accumulation in ((2, 2), (1, 4)): torch.testing.assert_close(weights(size, accumulation), whole, atol=2e-5, rtol=1e-4)
+
+
+SPLIT = {
+    "sequence": Objective(scope="sequence", distill_weight=.5), "global": Objective(scope="global", distill_weight=.5), "mle": Objective.preset("mle"),
+    "global documents": Objective(granularity="document", scope="global", keep=.5, distill_weight=.5, distill_on="all"),
+}
+
+
+def gradients(rank, world, store, parts, out):
+    "Gradient of each objective in `SPLIT` on this rank's part, through DistributedDataParallel."
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    batch, found = collate([rows()[i] for i in parts[rank]]), {}
+    for name, o in SPLIT.items():
+        model = tiny_model()
+        wrapped, total = DistributedDataParallel(model), o.counts(batch)
+        dist.all_reduce(total)
+        (world * o(wrapped, batch, teacher=FrozenTeacher(tiny_model(seed=1)), num_items=total).loss).backward()
+        found[name] = flat_grad(model)
+    if rank == 0: torch.save(found, out)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("parts", [[[0, 1, 2], [3, 4, 5]], [[0], [1, 2, 3, 4, 5]]], ids=str)
+def test_two_processes_equal_one(parts, tmp_path):
+    mp.start_processes(gradients, (2, str(tmp_path/"store"), parts, str(tmp_path/"out.pt")), nprocs=2, start_method="spawn")
+    together, batch = torch.load(tmp_path/"out.pt", weights_only=True), collate(rows())
+    for name, o in SPLIT.items():
+        model = tiny_model()
+        o(model, batch, teacher=FrozenTeacher(tiny_model(seed=1))).loss.backward()
+        torch.testing.assert_close(together[name], flat_grad(model), atol=1e-5, rtol=1e-3, msg=lambda m: f"{name}: {m}")
+
+
+def lonely(rank, world, store):
+    "Rank 1 has a prompt without a response."
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    batch = collate([dict(rows()[0], labels=[-100] * len(rows()[0]["labels"]))] if rank else [rows()[2]])
+    for o in (Objective(), Objective(scope="global"), Objective.preset("combined"), Objective(granularity="document", scope="global")):
+        model = tiny_model()
+        total = o.counts(batch)
+        dist.all_reduce(total)
+        wrapped = DistributedDataParallel(model)
+        loss = o(wrapped, batch, teacher=FrozenTeacher(tiny_model(seed=1)), num_items=total).loss
+        loss.backward()
+        assert flat_grad(model).isfinite().all() and flat_grad(model).any() and (rank == 0 or loss.item() == 0)
+    dist.destroy_process_group()
+
+
+def test_a_rank_without_response_tokens_takes_part(tmp_path):
+    mp.start_processes(lonely, (2, str(tmp_path/"store")), nprocs=2, start_method="spawn")
+
+
+def test_trl_takes_the_loss_function(tmp_path):
+    trl = pytest.importorskip("trl", reason="TRL is an optional companion: pip install trl")
+    from datasets import Dataset
+    args = trl.SFTConfig(str(tmp_path), max_steps=2, per_device_train_batch_size=3, gradient_accumulation_steps=2, learning_rate=1e-2, report_to="none", use_cpu=True,
+                         disable_tqdm=True, save_strategy="no", logging_steps=1, dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, bf16=False)
+    trainer = trl.SFTTrainer(tiny_model(), args, train_dataset=Dataset.from_list([{k: r[k] for k in ("input_ids", "labels")} for r in rows()]),
+                             processing_class=tokenizer, data_collator=Collator(tokenizer), compute_loss_func=as_compute_loss_func(Objective()))
+    trainer.train()
+    losses = [r["loss"] for r in trainer.state.log_history if "loss" in r]
+    plain = Objective.preset("mle")(tiny_model(), collate(rows())).loss.item()
+    assert losses[0] > plain and losses[1] < losses[0]  # the hardest quarter has a higher loss than all, and falls
