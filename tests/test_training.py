@@ -1,4 +1,6 @@
 """The Trainer: one result however a step is cut, in one process or two, with checkpoints, and in TRL."""
+import gc, json
+
 import pytest, torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -40,24 +42,38 @@ SPLIT = {
 }
 
 
-def gradients(rank, world, store, parts, out):
-    "Gradient of each objective in `SPLIT` on this rank's part, through DistributedDataParallel."
+def in_group(rank, work, store, *args):
+    "Do `work` as one of two gloo processes. Its models are gone before the group is: their reducers wait on it."
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    batch, found = collate([rows()[i] for i in parts[rank]]), {}
-    for name, o in SPLIT.items():
-        model = tiny_model()
-        wrapped, total = DistributedDataParallel(model), o.counts(batch)
-        dist.all_reduce(total)
-        (world * o(wrapped, batch, teacher=FrozenTeacher(tiny_model(seed=1)), num_items=total).loss).backward()
-        found[name] = flat_grad(model)
-    if rank == 0: torch.save(found, out)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    work(rank, *args)
+    gc.collect()
+    dist.barrier()
     dist.destroy_process_group()
+
+
+def two_processes(work, *args):
+    mp.start_processes(in_group, (work, *map(str, args)), nprocs=2, start_method="spawn")
+
+
+def step(o, rows):
+    "Gradient of this rank's rows through DistributedDataParallel, and the loss before it is averaged."
+    batch, model = collate(rows), tiny_model()
+    wrapped, total = DistributedDataParallel(model), o.counts(batch)
+    dist.all_reduce(total)
+    loss = o(wrapped, batch, teacher=FrozenTeacher(tiny_model(seed=1)), num_items=total).loss
+    (2 * loss).backward()
+    return flat_grad(model), loss.item()
+
+
+def gradients(rank, parts, out):
+    found = {name: step(o, [rows()[i] for i in json.loads(parts)[rank]])[0] for name, o in SPLIT.items()}
+    if rank == 0: torch.save(found, out)
 
 
 @pytest.mark.parametrize("parts", [[[0, 1, 2], [3, 4, 5]], [[0], [1, 2, 3, 4, 5]]], ids=str)
 def test_two_processes_equal_one(parts, tmp_path):
-    mp.start_processes(gradients, (2, str(tmp_path/"store"), parts, str(tmp_path/"out.pt")), nprocs=2, start_method="spawn")
+    two_processes(gradients, tmp_path/"store", json.dumps(parts), tmp_path/"out.pt")
     together, batch = torch.load(tmp_path/"out.pt", weights_only=True), collate(rows())
     for name, o in SPLIT.items():
         model = tiny_model()
@@ -65,24 +81,16 @@ def test_two_processes_equal_one(parts, tmp_path):
         torch.testing.assert_close(together[name], flat_grad(model), atol=1e-5, rtol=1e-3, msg=lambda m: f"{name}: {m}")
 
 
-def lonely(rank, world, store):
+def lonely(rank):
     "Rank 1 has a prompt without a response."
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    batch = collate([dict(rows()[0], labels=[-100] * len(rows()[0]["labels"]))] if rank else [rows()[2]])
+    mine = [dict(rows()[0], labels=[-100] * len(rows()[0]["labels"]))] if rank else [rows()[2]]
     for o in (Objective(), Objective(scope="global"), Objective.preset("combined"), Objective(granularity="document", scope="global")):
-        model = tiny_model()
-        total = o.counts(batch)
-        dist.all_reduce(total)
-        wrapped = DistributedDataParallel(model)
-        loss = o(wrapped, batch, teacher=FrozenTeacher(tiny_model(seed=1)), num_items=total).loss
-        loss.backward()
-        assert flat_grad(model).isfinite().all() and flat_grad(model).any() and (rank == 0 or loss.item() == 0)
-    dist.destroy_process_group()
+        gradient, loss = step(o, mine)
+        assert gradient.isfinite().all() and gradient.any() and (rank == 0 or loss == 0)
 
 
 def test_a_rank_without_response_tokens_takes_part(tmp_path):
-    mp.start_processes(lonely, (2, str(tmp_path/"store")), nprocs=2, start_method="spawn")
+    two_processes(lonely, tmp_path/"store")
 
 
 def test_trl_takes_the_loss_function(tmp_path):

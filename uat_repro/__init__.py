@@ -1,1 +1,28 @@
+"""Token-level uncertainty, selection and self-distillation for post-training language models (arXiv 2503.16511).
+
+The public names load their modules on first use, so that `import uat_repro` costs nothing.
+"""
 __version__ = "0.1.0"
+
+_MODULES = {
+    "data": ("Collator", "LengthSampler", "encode", "encode_all", "load_records", "to_messages", "token_frame"),
+    "models": ("Head", "add_lora", "head_of", "hidden_states", "load_model", "split_layers"),
+    "cache": ("CachedDataset", "HiddenCache", "Prepared"),
+    "uncertainty": ("Decomposition", "Ensemble", "MCDropout", "TokenUncertainty", "decompose"),
+    "masking": ("select_tokens",),
+    "distillation": ("AdapterTeacher", "FrozenTeacher"),
+    "objective": ("Objective", "ObjectiveOutput", "as_compute_loss_func"),
+    "training": ("AtSteps", "TokenLog", "UncertaintyAwareTrainer"),
+    "evaluation": ("evaluate", "exact_match", "measure_baseline"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = [*_HOME]
+
+
+def __getattr__(name):
+    if name not in _HOME: raise AttributeError(f"module 'uat_repro' has no attribute {name!r}")
+    from importlib import import_module
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__(): return sorted([*globals(), *_HOME])

@@ -15,18 +15,12 @@ from typing import Callable, Sequence
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .data import Collator, LengthSampler, token_frame
 from .objective import Objective, ObjectiveOutput
 
-# %% ../nbs/api/08_training.ipynb #08-training-05
-def _lengths(dataset:Sequence)->list[int]:
-    "Number of tokens of every row."
-    return dataset.lengths if hasattr(dataset, "lengths") else [len(ids) for ids in dataset["input_ids"]] if hasattr(dataset, "column_names") \
-        else [len(row["input_ids"]) for row in dataset]
-
+# %% ../nbs/api/08_training.ipynb #08-training-06
 _SUMS = ("mle", "selected", "distill", "distilled", "entropy", "valid", "tokens")
 
 def _sums(o:Objective, out:ObjectiveOutput, batch)->Tensor:
@@ -38,7 +32,31 @@ def _sums(o:Objective, out:ObjectiveOutput, batch)->Tensor:
     return torch.stack([torch.as_tensor(x, dtype=torch.float64, device=valid.device) for x in
                         (out.mle * m, m, out.distill * d, d, out.token_entropy[valid].sum(), n, tokens)])
 
-# %% ../nbs/api/08_training.ipynb #08-training-07
+class _LoggingTrainer(Trainer):
+    "A Trainer whose log says what the objective did."
+    _seen, _busy = None, 0.0
+
+    def training_step(self, *args, **kwargs):
+        start = time.perf_counter()
+        loss = super().training_step(*args, **kwargs)
+        self._busy += time.perf_counter() - start
+        return loss
+
+    def _observe(self, o:Objective, out:ObjectiveOutput, batch)->None:
+        sums = _sums(o, out, batch)
+        self._seen = sums if self._seen is None else self._seen + sums
+
+    def log(self, logs:dict, *args, **kwargs)->None:
+        "Add the means since the last line of the training log."
+        if "loss" in logs and self._seen is not None:
+            s = dict(zip(_SUMS, self.accelerator.reduce(self._seen, "sum").tolist()))
+            share = lambda a, b: s[a] / s[b] if s[b] else 0.0
+            logs |= dict(mle=share("mle", "selected"), distill=share("distill", "distilled"), selected_fraction=share("selected", "valid"),
+                         entropy=share("entropy", "valid"), tokens_per_second=s["tokens"] / self._busy)
+            self._seen, self._busy = None, 0.0
+        super().log(logs, *args, **kwargs)
+
+# %% ../nbs/api/08_training.ipynb #08-training-08
 class TokenLog:
     "Scores and selection of every response token at chosen steps, in a Parquet file."
     def __init__(self,
@@ -60,9 +78,16 @@ class TokenLog:
         pd.concat(self.frames).drop_duplicates(["step", "record", "position"], keep="last").to_parquet(part, index=False)
         os.replace(part, self.path)
 
-# %% ../nbs/api/08_training.ipynb #08-training-09
-class UncertaintyAwareTrainer(Trainer):
+# %% ../nbs/api/08_training.ipynb #08-training-10
+def _lengths(dataset:Sequence)->list[int]:
+    "Number of tokens of every row, without reading more than the tokens."
+    if hasattr(dataset, "lengths"): return dataset.lengths
+    return [len(ids) for ids in (dataset["input_ids"] if hasattr(dataset, "column_names") else (row["input_ids"] for row in dataset))]
+
+class UncertaintyAwareTrainer(_LoggingTrainer):
     "A `transformers.Trainer` that minimises an `Objective`; all other arguments are the Trainer's."
+    loss_is_scaled_for_ga = True # the objective divides by the totals of the whole step
+
     def __init__(self,
         model:nn.Module=None, # a causal language model, with or without an adapter
         args:TrainingArguments=None, # as ever; unused columns are kept, since a record's id and states are no arguments of the model
@@ -72,19 +97,16 @@ class UncertaintyAwareTrainer(Trainer):
         **kwargs, # train_dataset, processing_class, data_collator, callbacks, ...
     ):
         self.objective = Objective.preset(objective) if isinstance(objective, str) else objective
-        if self.objective.distill_weight and teacher is None:
-            raise ValueError("this objective distils: pass teacher=FrozenTeacher(model), made before training")
+        self.teacher, self.token_log = teacher, token_log
+        if self.objective.distill_weight and teacher is None: raise ValueError("this objective distils: pass teacher=FrozenTeacher(model), made before training")
         if args is not None: args.remove_unused_columns = False
         if kwargs.get("data_collator") is None:
             if kwargs.get("processing_class") is None: raise ValueError("pass processing_class=tokenizer, or a data_collator that makes labels")
             kwargs["data_collator"] = Collator(kwargs["processing_class"])
-        self.teacher, self.token_log, self._seen, self._busy = teacher, token_log, None, 0.0
         super().__init__(model, args, **kwargs)
 
-    loss_is_scaled_for_ga = True # the objective divides by the totals of the whole step
-
     def _get_train_sampler(self, train_dataset=None):
-        return LengthSampler(_lengths(train_dataset if train_dataset is not None else self.train_dataset), self.args.train_batch_size, seed=self.args.seed)
+        return LengthSampler(_lengths(self.train_dataset if train_dataset is None else train_dataset), self.args.train_batch_size, seed=self.args.seed)
 
     def _get_num_items_in_batch(self, batch_samples:list, device)->Tensor|None:
         "(2,) tokens to train on and to distil, in all micro-batches of a step and on all devices."
@@ -93,33 +115,11 @@ class UncertaintyAwareTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "This micro-batch's share of the loss of the step; gradients are averaged over devices, hence the factor."
-        with self.accelerator.autocast():
-            out = self.objective(model, inputs, teacher=self.teacher, num_items=num_items_in_batch)
+        with self.accelerator.autocast(): out = self.objective(model, inputs, teacher=self.teacher, num_items=num_items_in_batch)
+        if model.training: self._observe(self.objective, out, inputs)
+        if model.training and self.token_log and self.is_world_process_zero(): self.token_log(self.state.global_step, inputs, out)
         loss = out.loss if num_items_in_batch is None else out.loss * self.accelerator.num_processes
-        if model.training: self._record(inputs, out)
         return (loss, out) if return_outputs else loss
-
-    def training_step(self, *args, **kwargs):
-        "As ever, and timed: evaluation and logging do not count as training."
-        start = time.perf_counter()
-        loss = super().training_step(*args, **kwargs)
-        self._busy += time.perf_counter() - start
-        return loss
-
-    def _record(self, batch, out:ObjectiveOutput)->None:
-        sums = _sums(self.objective, out, batch)
-        self._seen = sums if self._seen is None else self._seen + sums
-        if self.token_log and self.is_world_process_zero(): self.token_log(self.state.global_step, batch, out)
-
-    def log(self, logs:dict, *args, **kwargs)->None:
-        "Add what the micro-batches since the last line have in common."
-        if "loss" in logs and self._seen is not None:
-            s = dict(zip(_SUMS, self.accelerator.reduce(self._seen, "sum").tolist()))
-            share = lambda a, b: s[a] / s[b] if s[b] else 0.0
-            logs |= dict(mle=share("mle", "selected"), distill=share("distill", "distilled"), selected_fraction=share("selected", "valid"),
-                         entropy=share("entropy", "valid"), tokens_per_second=s["tokens"] / self._busy)
-            self._seen, self._busy = None, 0.0
-        super().log(logs, *args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         "Evaluation reports the standard loss over all response tokens, whatever the objective."
@@ -127,7 +127,7 @@ class UncertaintyAwareTrainer(Trainer):
         with torch.no_grad(), self.accelerator.autocast(): loss = Objective.preset("mle")(model, inputs).loss
         return loss, None, None
 
-# %% ../nbs/api/08_training.ipynb #08-training-22
+# %% ../nbs/api/08_training.ipynb #08-training-23
 class AtSteps(TrainerCallback):
     "Call `fn(step, model)` at step 0, every `every` steps, and at the end."
     def __init__(self,

