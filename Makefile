@@ -2,8 +2,6 @@
 PYTHON ?= python3
 VENV   ?= .venv
 CORES  ?= 2
-# The CPU build of torch: a tenth of the CUDA one, and all that the cpu and smoke profiles need.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TORCH  := $(shell grep '^torch==' requirements.lock)
@@ -28,9 +26,8 @@ readme: $(VENV)/ready  ## README.md from nbs/index.ipynb
 $(VENV)/ready: requirements.lock setup.py settings.ini pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11"'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) '$(TORCH)'
 	$(PIP) install --quiet --no-deps -r requirements.lock
-	$(BIN)/python -c 'import torch' || $(PIP) install --quiet '$(TORCH)'
+	$(BIN)/python -c 'import torch' || $(PIP) install --quiet '$(TORCH)'  # a GPU build needs libraries that the lock does not name
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 

@@ -20,7 +20,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .head import map_tokens, predicting_states, scores_of, to_positions, token_scores, valid_tokens
+from .head import chunk_size, map_tokens, predicting_states, scores_of, to_positions, token_scores, valid_tokens
 from .models import head_of, hidden_states, quiet
 
 # %% ../nbs/api/04_uncertainty.ipynb #04-uncertainty-05
@@ -98,7 +98,8 @@ def _summarise(model:nn.Module, batch:Mapping, states:Tensor, head)->TokenUncert
     stack = predicting_states(states, valid)
     if stack.shape[1] and torch.equal(stack[0], stack[1]):
         raise ValueError("two samples came out identical: the posterior changes nothing in this model; use other sites or a larger p")
-    total, aleatoric, epistemic, mean_loss, *halves = map_tokens(_mixture_scores, stack, head, labels[valid])
+    few = chunk_size(len(head.weight), 4 * len(states))  # a decomposition holds several tensors of the size of its logits
+    total, aleatoric, epistemic, mean_loss, *halves = map_tokens(_mixture_scores, stack, head, labels[valid], chunk=few)
     at = lambda x: to_positions(x, valid)
     return TokenUncertainty(at(own.loss), at(own.entropy), at(total), at(aleatoric), at(epistemic), len(states), at(mean_loss), at(torch.stack(halves)))
 
