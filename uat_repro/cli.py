@@ -207,7 +207,7 @@ def score(
     show:Annotated[int, typer.Option(help="Records on the page.")] = 10,
     by:Annotated[list[str], typer.Option(help=f"Scores on the page: {', '.join(SCORES)}. May be repeated.")] = ["epistemic", "loss"],
     p:Annotated[float, typer.Option(help="Dropout rate.")] = .02,
-    sites:Annotated[list[str], typer.Option(help="Where: attention, mlp, probabilities, final. May be repeated.")] = ["attention", "mlp"],
+    sites:Annotated[list[str], typer.Option(help="Where: attention, mlp, probabilities, final. May be repeated.")] = ["attention"],
     samples:Annotated[int, typer.Option(help="Samples of the posterior, at least 4.")] = 8,
     max_length:Annotated[int, typer.Option(help="Tokens of a record; longer responses are cropped.")] = 512,
     data_dir:Annotated[Path|None, typer.Option(envvar="UAT_REPRO_DATA_DIR", help="Folder of your own data.")] = None,

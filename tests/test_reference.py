@@ -1,0 +1,42 @@
+"""The results that the README quotes are those that are committed, and nothing else is."""
+import json, re
+from pathlib import Path
+
+import pytest
+
+from uat_repro.statistics import CLAIMS, claims_table
+
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = ROOT / "reference" / "cpu"
+
+
+def test_table_is_made_from_the_numbers():
+    rows = json.loads((REFERENCE / "claims.json").read_text(encoding="utf-8"))
+    assert {c.id for c in CLAIMS} <= {r["id"] for r in rows}
+    assert claims_table(rows) == (REFERENCE / "claims.md").read_text(encoding="utf-8")
+
+
+def test_readme_quotes_the_table_as_it_is():
+    short = (REFERENCE / "claims.md").read_text(encoding="utf-8").split("## Controls")[0]
+    lines = [line for line in short.splitlines() if line.startswith("| C")]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(lines) == len(CLAIMS) and all(line in readme for line in lines)
+
+
+def test_pictures_of_the_readme_are_there():
+    shown = re.findall(r"!\[[^\]]*\]\((reference/[^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(shown) >= 5 and all((ROOT / path).exists() for path in shown)
+
+
+def test_small_and_without_traces_of_the_machine():
+    files = [p for p in REFERENCE.rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) < 5e6
+    assert not [p for p in files if p.suffix in (".safetensors", ".bin", ".pt", ".arrow", ".pkl")]
+    for path in (p for p in files if p.suffix in (".json", ".md", ".csv", ".html")):
+        assert not re.search(r"/home/|/root/|/work/|/tmp/|/Users/|hf_\w{20}", path.read_text(encoding="utf-8")), path
+
+
+@pytest.mark.parametrize("run", sorted(REFERENCE.glob("runs/*.json")), ids=lambda p: p.stem)
+def test_every_run_says_what_it_was_made_with(run):
+    manifest = json.loads(run.read_text(encoding="utf-8"))["manifest"]
+    assert manifest["data"] and manifest["weights"] and manifest["versions"]["torch"] and manifest["peak_gb"] < 6
