@@ -1,5 +1,5 @@
 """The notebooks as they are committed."""
-import getpass, json, re, subprocess, sys
+import json, re
 from pathlib import Path
 
 import pytest

@@ -1,5 +1,5 @@
 """What is generated agrees with what it is generated from."""
-import ast, json, shutil, subprocess, sys, tomllib
+import ast, shutil, subprocess, sys, tomllib
 from configparser import ConfigParser
 from pathlib import Path
 

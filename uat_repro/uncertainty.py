@@ -20,7 +20,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .head import chunk_size, map_tokens, predicting_states, scores_of, to_positions, token_scores, valid_tokens
+from .head import chunk_size, map_tokens, predicting_states, to_positions, token_scores, valid_tokens
 from .models import head_of, hidden_states, quiet
 
 # %% ../nbs/api/04_uncertainty.ipynb #04-uncertainty-05
@@ -155,7 +155,7 @@ class MCDropout:
         if not 0 < self.p < 1: raise ValueError(f"p is {self.p}; a dropout rate lies strictly between 0 and 1")
         if self.samples < 4: raise ValueError(f"samples is {self.samples}; at least 4 are needed for an estimate and its reliability")
         object.__setattr__(self, "sites", (self.sites,) if isinstance(self.sites, str) else tuple(self.sites))
-        if not self.sites or (unknown := set(self.sites) - set(SITES)):
+        if not self.sites or not set(self.sites) <= set(SITES):
             raise ValueError(f"sites is {self.sites}; choose one or more of {', '.join(SITES)}")
 
     @torch.no_grad()
