@@ -103,7 +103,7 @@ def check_hub(
     remedy = "nothing that the cpu and smoke profiles need; for others connect to it, or point HF_HOME at a filled cache"
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"): return Finding("hub", False, "switched off by HF_HUB_OFFLINE", remedy)
     try: urllib.request.urlopen(url, timeout=timeout).close()
-    except OSError as e: return Finding("hub", False, f"not reachable within {timeout:g} s", remedy)
+    except OSError: return Finding("hub", False, f"not reachable within {timeout:g} s", remedy)
     return Finding("hub", True, "reachable")
 
 # %% ../nbs/api/13_cli.ipynb #13-cli-23
