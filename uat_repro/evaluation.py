@@ -82,9 +82,9 @@ def measure_baseline(
 def _measure(model:nn.Module, batch:Mapping, initial:Tensor, initial_head:Head)->Measures:
     valid = valid_tokens(batch["labels"])
     def fn(logits, y, h0):
-        log_0 = F.log_softmax(initial_head.logits(h0), -1)
-        kl = F.kl_div(F.log_softmax(logits, -1), log_0, log_target=True, reduction="none").sum(-1)
-        return *scores_of(logits, y), kl
+        scores, log_0 = scores_of(logits, y), F.log_softmax(initial_head.logits(h0), -1)
+        kl = F.kl_div(logits - scores.log_z[:, None], log_0, log_target=True, reduction="none").sum(-1)
+        return scores.loss, scores.entropy, scores.correct, kl
     hidden = predicting_states(hidden_states(model, batch), valid)
     loss, entropy, correct, kl = map_tokens(fn, hidden, head_of(model), batch["labels"][valid], initial)
     return Measures(loss, entropy, correct.float(), kl)
