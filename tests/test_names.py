@@ -5,7 +5,7 @@ import pytest
 
 import uat_repro
 
-CONTRACT = ("select_tokens decompose MCDropout Ensemble Objective HiddenCache FrozenTeacher AdapterTeacher UncertaintyAwareTrainer as_compute_loss_func "
+CONTRACT = ("select_tokens decompose MCDropout Ensemble Objective HiddenCache FrozenTeacher AdapterTeacher CachedTeacher UncertaintyAwareTrainer as_compute_loss_func "
             "load_model load_records encode Collator").split()
 
 

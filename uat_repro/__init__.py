@@ -10,7 +10,7 @@ _MODULES = {
     "cache": ("CachedDataset", "HiddenCache", "Prepared"),
     "uncertainty": ("Decomposition", "Ensemble", "MCDropout", "TokenUncertainty", "decompose"),
     "masking": ("select_tokens",),
-    "distillation": ("AdapterTeacher", "FrozenTeacher"),
+    "distillation": ("AdapterTeacher", "CachedTeacher", "FrozenTeacher"),
     "objective": ("Objective", "ObjectiveOutput", "as_compute_loss_func"),
     "training": ("AtSteps", "TokenLog", "UncertaintyAwareTrainer"),
     "evaluation": ("evaluate", "exact_match", "measure_baseline"),
