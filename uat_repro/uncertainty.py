@@ -17,11 +17,11 @@ from typing import Iterator, Mapping, NamedTuple, Sequence
 import torch
 from accelerate.utils import extract_model_from_parallel
 from scipy.stats import spearmanr
-from torch import Tensor, nn
+from torch import Tensor, linalg, nn
 from torch.nn import functional as F
 
-from .head import chunk_size, map_tokens, predicting_states, to_positions, token_scores, valid_tokens
-from .models import head_of, hidden_states, quiet
+from .head import map_tokens, predicting_states, to_positions, token_scores, valid_tokens
+from .models import head_of, hidden_states, quiet, split_layers
 
 # %% ../nbs/api/04_uncertainty.ipynb #04-uncertainty-05
 class Decomposition(NamedTuple):
@@ -84,12 +84,24 @@ def pool(
     return TokenUncertainty(**tensors, samples=estimates[0].samples)
 
 # %% ../nbs/api/04_uncertainty.ipynb #04-uncertainty-18
+def _divergences(log_p:Tensor, p:Tensor, mean:Tensor)->Tensor:
+    "KL of each of the distributions (S, n, V) from their mean (n, V), as a sum of terms that are not negative; overwrites `log_p`."
+    d = log_p.sub_(mean.clamp(min=torch.finfo(mean.dtype).tiny).log())
+    terms = d.neg().clamp_(max=80).expm1_().add_(d).mul_(p)
+    if len(d) and d.numel() and d.min() < -50: terms = torch.where(d < -50, p * d.clamp(min=-1e4) + mean - p, terms)  # p is too small for the product
+    return terms.sum(-1)
+
 def _mixture_scores(logits:Tensor, targets:Tensor)->tuple[Tensor, ...]:
     "From (S, n, V) logits: the decomposition, the loss of the mean distribution, and either half's epistemic part."
-    log_p = F.log_softmax(logits, -1)
-    log_y = log_p.gather(-1, targets.expand(len(log_p), -1)[..., None]).squeeze(-1)
-    halves = [decompose(log_p[half::2]).epistemic for half in (0, 1)]
-    return *decompose(log_p), math.log(len(log_p)) - log_y.logsumexp(0), *halves
+    log_p = logits.sub_(logits.logsumexp(-1, keepdim=True)).clamp_(min=-1e4)
+    p, log_y = log_p.exp(), log_p.gather(-1, targets.expand(len(log_p), -1)[..., None]).squeeze(-1)
+    mean_loss, aleatoric = math.log(len(log_p)) - log_y.logsumexp(0), -linalg.vecdot(p, log_p).mean(0)
+    means = torch.stack([p[half::2].mean(0) for half in (0, 1)])
+    halves = torch.stack([_divergences(log_p[half::2], p[half::2], means[half]).mean(0) for half in (0, 1)])
+    share = torch.tensor([len(p[half::2]) / len(p) for half in (0, 1)], device=p.device)[:, None]
+    between = _divergences(means.log().clamp_(min=-1e4), means, (share[..., None] * means).sum(0))
+    epistemic = (share * (halves + between)).sum(0)
+    return aleatoric + epistemic, aleatoric, epistemic, mean_loss, *halves
 
 def _summarise(model:nn.Module, batch:Mapping, states:Tensor, head)->TokenUncertainty:
     "Score every valid token under the samples' `states` (S, B, T, H) and under the model itself."
@@ -98,8 +110,7 @@ def _summarise(model:nn.Module, batch:Mapping, states:Tensor, head)->TokenUncert
     stack = predicting_states(states, valid)
     if stack.shape[1] and torch.equal(stack[0], stack[1]):
         raise ValueError("two samples came out identical: the posterior changes nothing in this model; use other sites or a larger p")
-    few = chunk_size(len(head.weight), 4 * len(states))  # a decomposition holds several tensors of the size of its logits
-    total, aleatoric, epistemic, mean_loss, *halves = map_tokens(_mixture_scores, stack, head, labels[valid], chunk=few)
+    total, aleatoric, epistemic, mean_loss, *halves = map_tokens(_mixture_scores, stack, head, labels[valid])
     at = lambda x: to_positions(x, valid)
     return TokenUncertainty(at(own.loss), at(own.entropy), at(total), at(aleatoric), at(epistemic), len(states), at(mean_loss), at(torch.stack(halves)))
 
@@ -130,7 +141,7 @@ def dropout_at(
     decoder = extract_model_from_parallel(model).get_decoder()
     found = {site: _modules_at(decoder, site) for site in sites}
     if not all(found.values()): raise ValueError(f"no place for dropout at {', '.join(s for s in sites if not found[s])} in {type(decoder).__name__}")
-    if "probabilities" in sites and getattr(decoder.config, "attn_logit_softcapping", None) and decoder.config._attn_implementation != "eager":
+    if "probabilities" in sites and getattr(decoder.config, "attn_logit_softcapping", None) and not decoder.config._attn_implementation.startswith("eager"):
         raise ValueError("dropout on attention probabilities of a soft-capped model needs load_model(..., attn_implementation='eager')")
     attention, outputs = found.pop("probabilities", []), [m for modules in found.values() for m in modules]
     rates, hooks = [m.attention_dropout for m in attention], [m.register_forward_hook(_drop_output(p)) for m in outputs]
@@ -143,6 +154,12 @@ def dropout_at(
             for m, rate in zip(attention, rates): m.attention_dropout = rate
 
 # %% ../nbs/api/04_uncertainty.ipynb #04-uncertainty-25
+def _above(model:nn.Module, batch:Mapping, layer:int)->tuple[nn.Module, dict]:
+    "The layers of `model` from `layer` on, and the batch with the states that enter them."
+    bare = extract_model_from_parallel(model)
+    trunk, top = split_layers(bare.get_base_model() if hasattr(bare, "get_base_model") else bare, layer)
+    with quiet(trunk): return top, {**batch, "inputs_embeds": hidden_states(trunk, batch)}
+
 @dataclass(frozen=True)
 class MCDropout:
     "Monte Carlo dropout (Gal and Ghahramani 2016). Call it on a model and a batch."
@@ -150,6 +167,7 @@ class MCDropout:
     samples: int = 8 # S, at least 4 so that both halves are estimates
     sites: tuple[str, ...] = ("attention",) # of `SITES`
     seed: int = 0 # of the masks
+    from_layer: int = 0 # dropout in the layers from here on only: another posterior, whose samples share the layers below
 
     def __post_init__(self):
         if not 0 < self.p < 1: raise ValueError(f"p is {self.p}; a dropout rate lies strictly between 0 and 1")
@@ -164,12 +182,13 @@ class MCDropout:
         batch:Mapping, # with `labels`; what is scored are their valid tokens
     )->TokenUncertainty: # (B, T) each
         "Uncertainty of every response token. Raises where dropout would change nothing."
-        with dropout_at(model, self.p, self.sites), torch.random.fork_rng():
+        network, shared = (model, batch) if not self.from_layer else _above(model, batch, self.from_layer)
+        with dropout_at(network, self.p, self.sites), torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            states = torch.stack([hidden_states(model, batch) for _ in range(self.samples)])
-        with quiet(model): return _summarise(model, batch, states, head_of(model))
+            states = torch.stack([hidden_states(network, shared) for _ in range(self.samples)])
+        with quiet(network): return _summarise(network, shared, states, head_of(network))
 
-# %% ../nbs/api/04_uncertainty.ipynb #04-uncertainty-33
+# %% ../nbs/api/04_uncertainty.ipynb #04-uncertainty-35
 class _Heads(NamedTuple):
     "One head for each sample, applied side by side."
     weight: Tensor # (V, H) of the first, which tells the size of the vocabulary
