@@ -6,7 +6,7 @@ Docs: https://uat-repro.github.io/uat-repro/api/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'SCORES', 'main', 'reproduce', 'claims', 'Finding', 'check_package', 'check_hub', 'check_data', 'check_machine',
-           'findings', 'runnable', 'doctor', 'score_tokens', 'score', 'train_model', 'train']
+           'findings', 'runnable', 'doctor', 'score_tokens', 'score', 'train_model', 'train', 'cache']
 
 # %% ../nbs/api/13_cli.ipynb #13-cli-03
 import hashlib, json, os, shutil, sys, time, urllib.request
@@ -296,3 +296,25 @@ def train(
     write_json(out/"result.json", dict(dataset=name, model=spec, objective=objective, documents=len(rows), steps=steps, loss_before=before,
                                        loss_after=after, manifest=manifest(began, seed, {name: data}, {spec: weights})))
     print(f"validation loss {before:.3f} -> {after:.3f} nats per token after {steps} steps: {out/'model'}")
+
+# %% ../nbs/api/13_cli.ipynb #13-cli-41
+@app.command()
+def cache(
+    dataset:Annotated[str, typer.Argument(help="alpaca, gsm8k, gsm_symbolic, sharegpt, or the path of a .json or .jsonl file")],
+    model:Annotated[str, typer.Option(help="Hub id, folder, .gguf file, or smollm2-135m.")] = "smollm2-135m",
+    out:Annotated[Path, typer.Option(help="Folder for the states.")] = Path("states"),
+    records:Annotated[int, typer.Option(min=1, help="Records to keep the states of.")] = 1000,
+    split:Annotated[str, typer.Option(help="train, validation, test or all")] = "train",
+    layer:Annotated[int, typer.Option(help="The states that enter this layer; -1 for the last ones, which a teacher needs.")] = -1,
+    max_length:Annotated[int, typer.Option(help="Tokens of a record; longer responses are cropped.")] = 512,
+    data_dir:Annotated[Path|None, typer.Option(envvar="UAT_REPRO_DATA_DIR", help="Folder of your own data.")] = None,
+):
+    "Keep the hidden states of a data set: for a teacher, or for training the layers above one."
+    from uat_repro.cache import HiddenCache, states_size
+    from uat_repro.data import encode_all, load_records
+    from uat_repro.models import load_model
+    chats = load_records(dataset, split, records, data_dir)
+    network, tokenizer = load_model(model)
+    rows = encode_all(chats, tokenizer, max_length, crop=True)
+    print(f"{len(rows)} records will take {states_size(network, rows) / 1e6:,.1f} MB in {out}")
+    HiddenCache.build(_on_gpu(network), rows, out, layer)

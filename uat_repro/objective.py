@@ -17,13 +17,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .head import TokenScores, cross_entropy, kl_divergence, predicting_states, scores_of, to_positions, token_scores, valid_tokens
+from .head import TokenScores, predicting_states, scores_of, to_positions, token_loss, token_scores, valid_tokens
 from .masking import check_selection, count_kept, select_tokens
 from .models import has_dropout, head_of, hidden_states, quiet
 from .uncertainty import Ensemble, MCDropout
 
 # %% ../nbs/api/07_objective.ipynb #07-objective-05
 def _valid(batch:Mapping)->Tensor: return valid_tokens(batch["labels"], batch.get("position_ids"))
+
+def _documents(batch:Mapping)->Tensor:
+    "The number of the document to which each position (B, T) belongs: the row, or in a packed row what begins at position 0."
+    labels = batch["labels"]
+    if "position_ids" not in batch: return torch.arange(len(labels), device=labels.device)[:, None].expand(labels.shape)
+    first = batch["position_ids"] == 0
+    first[:, 0] = True
+    return first.flatten().cumsum(0).view(labels.shape) - 1
 
 def _over_ranks(x:Tensor)->tuple[Tensor, int]:
     "The sum of `x` over all ranks, and how many there are."
@@ -40,7 +48,7 @@ def count_tokens(
     distill_on:str, # "rest" or "all"
 )->Tensor: # (2,) float: |M| and |D|; summed over ranks they give the totals of all ranks
     "How many tokens a selection will train on and distil, from the labels alone."
-    rows = _valid(batch).sum(1)
+    rows = torch.bincount(_documents(batch)[_valid(batch)], minlength=1)
     n, world = _over_ranks(rows.sum()) if scope == "global" else (rows.sum(), 1)
     kept = sum(count_kept(int(r), keep) for r in rows) if scope == "sequence" else count_kept(int(n), keep)
     if granularity == "document": counts = (n, n)
@@ -78,33 +86,30 @@ PRESETS = {
 }
 
 # %% ../nbs/api/07_objective.ipynb #07-objective-13
-def _metric(o, model:nn.Module, batch:Mapping, scores:TokenScores, valid:Tensor)->Tensor:
-    "The (B, T) scores by which tokens compete."
-    if o.metric in ("loss", "entropy"): return to_positions(getattr(scores, o.metric), valid)
-    if o.metric == "random": return torch.rand(valid.shape, device=valid.device)
-    return getattr((o.posterior or MCDropout())(model, batch), o.metric)
-
-def _choose(o, model:nn.Module, batch:Mapping, hidden:Tensor, valid:Tensor)->tuple[Tensor, TokenScores|None]:
-    "The mask M (B, T), and the scores of all valid tokens if they were needed."
-    if o.keep == 1 and o.weight is None: return valid, None
-    if model.training and has_dropout(model):
+def _score(o, model:nn.Module, batch:Mapping, hidden:Tensor, valid:Tensor)->tuple[TokenScores, bool]:
+    "The scores of all valid tokens, and whether they are of `hidden` itself."
+    quietly = model.training and has_dropout(model) and not (o.keep == 1 and o.weight is None)
+    if quietly:
         with quiet(model), torch.no_grad(): hidden = predicting_states(hidden_states(model, batch), valid)
-    scores = token_scores(hidden.detach(), batch["labels"][valid], head_of(model))
-    return select_tokens(_metric(o, model, batch, scores, valid), valid, o.keep, o.granularity, o.scope, o.order), scores
+    return token_scores(hidden.detach(), batch["labels"][valid], head_of(model)), not quietly
+
+def _metric(o, model:nn.Module, batch:Mapping, scores:TokenScores, valid:Tensor)->Tensor:
+    "What the valid tokens compete by (N,)."
+    if o.metric in ("loss", "entropy"): return getattr(scores, o.metric)
+    if o.metric == "random": return torch.rand(len(scores.loss), device=valid.device)
+    return getattr((o.posterior or MCDropout())(model, batch), o.metric)[valid]
 
 # %% ../nbs/api/07_objective.ipynb #07-objective-15
-def _likelihood(o, hidden:Tensor, targets:Tensor, head, m:Tensor, scores:TokenScores|None)->tuple[Tensor, TokenScores]:
-    "Summed loss over M, with gradient, and the scores of all tokens."
-    weight = None if o.weight is None else o.weight(TokenScores(*(s[m] for s in scores)))
-    total, seen = cross_entropy(hidden[m], targets[m], head, weight)
-    return total, scores or seen
-
-def _divergence(o, hidden:Tensor, head, batch:Mapping, teacher, valid:Tensor, d:Tensor)->Tensor:
-    "Summed divergence over D, with gradient; a plain zero without distillation."
-    if not o.distill_weight: return torch.zeros((), device=hidden.device)
-    if teacher is None:
-        raise ValueError(f"distill_weight is {o.distill_weight} but there is no teacher: pass teacher=FrozenTeacher(model), made before training")
-    return kl_divergence(hidden[d], head, predicting_states(teacher(batch), valid)[d], teacher.head, o.temperature)[0]
+def _compete(o, scores:Tensor, batch:Mapping, valid:Tensor)->Tensor:
+    "Which of the valid tokens are in M (N,)."
+    document = _documents(batch)[valid]
+    n = torch.bincount(document, minlength=1)
+    places = document, torch.arange(len(document), device=n.device) - (n.cumsum(0) - n)[document]
+    table = scores.new_full((len(n), int(n.max())), float("nan"))
+    table[places] = scores.float()
+    there = torch.zeros_like(table, dtype=torch.bool)
+    there[places] = True
+    return select_tokens(table, there, o.keep, o.granularity, o.scope, o.order)[places]
 
 # %% ../nbs/api/07_objective.ipynb #07-objective-16
 class ObjectiveOutput(NamedTuple):
@@ -117,6 +122,11 @@ class ObjectiveOutput(NamedTuple):
     token_entropy: Tensor # (B, T) predictive entropy, NaN where not valid
 
 # %% ../nbs/api/07_objective.ipynb #07-objective-18
+def _teach(teacher:Callable|None, batch:Mapping, valid:Tensor)->dict:
+    "What the teacher says of the valid tokens, as `token_loss` takes it."
+    if teacher is None: raise ValueError("this objective distils (distill_weight > 0) but there is no teacher: pass teacher=FrozenTeacher(model), made before training")
+    return dict(teacher_hidden=predicting_states(teacher(batch), valid), teacher_head=teacher.head)
+
 @dataclass(frozen=True)
 class Objective:
     "Equation 9. Call it on `(model, batch)`; settings that make no sense raise a `ValueError`."
@@ -159,18 +169,19 @@ class Objective:
         "The loss of one batch, or its share of the loss of a larger one."
         valid, head = _valid(batch), head_of(model)
         hidden, targets = predicting_states(hidden_states(model, batch), valid), batch["labels"][valid]
-        selected, scores = _choose(self, model, batch, hidden, valid)
-        m = selected[valid]
+        scores, own_scores = _score(self, model, batch, hidden, valid)
+        m = valid[valid] if self.keep == 1 else _compete(self, _metric(self, model, batch, scores, valid), batch, valid)
         d = torch.ones_like(m) if self.distill_on == "all" else ~m
-        mle, scores = _likelihood(self, hidden, targets, head, m, scores)
-        distill = _divergence(self, hidden, head, batch, teacher, valid, d)
+        weight = m.float()
+        if self.weight is not None: weight[m] = self.weight(TokenScores(*(s[m] for s in scores))).float()
         own = self.counts(batch)
         f = divide(m, d, own, own if num_items is None else num_items, self.granularity, self.scope)
-        mean = lambda total, mask: total.detach() / mask.sum().clamp(min=1)
-        return ObjectiveOutput(f[0] * mle + self.distill_weight * f[1] * distill, mean(mle, m), mean(distill, d),
-                               selected, to_positions(scores.loss, valid), to_positions(scores.entropy, valid))
+        distil = dict(kl_weight=self.distill_weight * f[1] * d, **_teach(teacher, batch, valid), temperature=self.temperature) if self.distill_weight else {}
+        loss, ce, kl = token_loss(hidden, targets, head, f[0] * weight, log_z=scores.log_z if own_scores else None, **distil)
+        spread = lambda x: to_positions(x, valid)
+        return ObjectiveOutput(loss, (weight * ce).sum() / m.sum().clamp(min=1), kl.sum() / d.sum().clamp(min=1), spread(m) == 1, spread(scores.loss), spread(scores.entropy))
 
-# %% ../nbs/api/07_objective.ipynb #07-objective-32
+# %% ../nbs/api/07_objective.ipynb #07-objective-34
 def as_compute_loss_func(
     objective:Objective, # without distillation; its metric is "loss", "entropy" or "random"
 )->Callable: # (outputs, labels, num_items_in_batch=None) -> scalar loss
@@ -181,8 +192,8 @@ def as_compute_loss_func(
     def compute_loss(outputs, labels:Tensor, num_items_in_batch=None)->Tensor:
         valid = valid_tokens(labels)
         logits, targets = predicting_states(outputs.logits, valid).float(), labels[valid]
-        scores = TokenScores(*(s.detach() for s in scores_of(logits, targets)))
-        m = select_tokens(_metric(o, None, None, scores, valid), valid, o.keep, o.granularity, o.scope, o.order)[valid]
+        with torch.no_grad(): scores = scores_of(logits, targets)
+        m = _compete(o, _metric(o, None, None, scores, valid), dict(labels=labels), valid)
         loss = F.cross_entropy(logits[m], targets[m], reduction="none")
         if o.weight is not None: loss = loss * o.weight(TokenScores(*(s[m] for s in scores)))
         mean = loss.sum() / m.sum().clamp(min=1)
