@@ -36,6 +36,20 @@ def test_accumulation_changes_nothing(objective, tmp_path):
     for size, accumulation in ((2, 2), (1, 4)): torch.testing.assert_close(weights(size, accumulation), whole, atol=2e-5, rtol=1e-4)
 
 
+def test_activation_checkpointing_changes_nothing(tmp_path):
+    "The layers run again in the backward, on documents in a row; afterwards the model generates as before."
+    def trained(checkpointing):
+        args = TrainingArguments(str(tmp_path), num_train_epochs=1, per_device_train_batch_size=4, learning_rate=1e-2, gradient_checkpointing=checkpointing, save_strategy="no",
+                                 report_to="none", disable_tqdm=True, use_cpu=True)
+        trainer = InOrder(tiny_model(), args, "combined", FrozenTeacher(tiny_model(seed=1)), train_dataset=rows(), processing_class=tokenizer)
+        trainer.train()
+        prompt = tokenizer(["Count", "Say more than that"], return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
+        return torch.cat([p.detach().flatten() for p in trainer.model.parameters()]), trainer.model.eval().generate(**prompt, max_new_tokens=8, do_sample=False)
+    (plain, said), (checkpointed, again) = trained(False), trained(True)
+    torch.testing.assert_close(checkpointed, plain, atol=1e-5, rtol=1e-4)
+    assert torch.equal(said, again)
+
+
 SPLIT = {
     "sequence": Objective(scope="sequence", distill_weight=.5), "global": Objective(scope="global", distill_weight=.5), "mle": Objective.preset("mle"),
     "global documents": Objective(granularity="document", scope="global", keep=.5, distill_weight=.5, distill_on="all"),

@@ -158,14 +158,15 @@ class _BySlices(torch.autograd.Function):
             for k, g in zip(wanted, torch.autograd.grad(z, [parts[k] for k in wanted], dz) if wanted else ()):
                 if k == 0: grads[0] += g
                 else: grads[k][i:j] = g
-        ctx.save_for_backward(*grads)
-        ctx.dtypes = [x if x is None else x.dtype for x in inputs]
+        ctx.grads, ctx.dtypes = grads, [x if x is None else x.dtype for x in inputs]
         return total()
 
     @staticmethod
     def backward(ctx, factor):
         # d(factor * total) / d(hidden, weight, bias); the other three inputs are no tensors of the graph
-        return *(g if g is None else g.mul_(factor).to(d) for g, d in zip(ctx.saved_tensors, ctx.dtypes)), None, None, None
+        if ctx.grads is None: raise RuntimeError("this loss was differentiated before, and its gradients were given away: compute it again")
+        grads, ctx.grads = ctx.grads, None  # who receives them need not copy them
+        return *(g if g is None else g.mul_(factor).to(d) for g, d in zip(grads, ctx.dtypes)), None, None, None
 
 # %% ../nbs/api/02_head.ipynb #02-head-29
 def _rows(weight:Tensor, kl_weight:Tensor)->tuple[Tensor, int, int]:
