@@ -16,23 +16,27 @@ COMBINED = ["trainer_mle", "gkd", "teacher_loop", "ours_combined_frozen", "ours_
 WORKLOADS = {  # name -> variants, options
     "masked": (MASKED, dict(model="smollm2-135m")),
     "combined": (COMBINED, dict(model="smollm2-135m")),
-    "masked, V=256,000": (MASKED[:-1], dict(model="wide-256000")),
-    "combined, V=256,000": (COMBINED, dict(model="wide-256000")),
+    "masked, V=256,000": (MASKED[:-1], dict(model="wide-256000", documents=4)),
+    "combined, V=256,000": (COMBINED, dict(model="wide-256000", documents=4)),
     "uncertainty": (["naive_dropout", "ours_dropout", "naive_dropout_top", "ours_dropout_top"], dict(model="smollm2-135m", documents=2, shortest=256)),
     "settings": (["ours_masked_mle", "ours_masked_mle_bf16", "ours_masked_mle_compiled"], dict(model="smollm2-135m")),
 }
 SCALING = {  # what grows -> its values; two layers under a vocabulary of 32,000 unless said otherwise
     "documents": [4, 8, 16], "vocabulary": [32_000, 64_000, 128_000, 256_000], "share": [.25, .5, .75, 1.0], "samples": [4, 8, 16],
 }
+PARTS = [*WORKLOADS, *SCALING, "precision"]
 SAME = [  # variants with the same objective: their losses must agree
-    ("trainer_mle", "sft_nll", "ours_mle"), ("trainer_topk", "sft_topk", "ours_masked_mle", "ours_masked_mle_top"),
-    ("teacher_loop", "ours_combined_frozen", "ours_combined_cached"), ("naive_dropout", "ours_dropout"), ("naive_dropout_top", "ours_dropout_top"),
+    ("trainer_mle", "sft_nll", "ours_mle"), ("trainer_topk", "sft_topk", "ours_masked_mle", "ours_masked_mle_checkpointed", "ours_masked_mle_top", "ours_masked_mle_compiled"),
+    ("teacher_loop", "ours_combined_frozen", "ours_combined_cached", "ours_combined_cached_checkpointed"), ("naive_dropout", "ours_dropout"), ("naive_dropout_top", "ours_dropout_top"),
 ]
 GOALS = [  # workload, ours, against (the fastest of), largest ratio of time, of extra memory
-    ("masked", "ours_masked_mle", ["trainer_topk", "sft_topk"], .55, .35),
+    ("masked", "ours_masked_mle", ["trainer_topk", "sft_topk"], .55, None),
+    ("masked", "ours_masked_mle_checkpointed", ["trainer_topk", "sft_topk"], .55, .35),
     ("masked", "ours_masked_mle", ["trainer_mle"], .60, None),
-    ("combined", "ours_combined_cached", ["trainer_mle"], .70, .35),
-    ("combined", "ours_combined_cached", ["teacher_loop"], .45, .25),
+    ("combined", "ours_combined_cached", ["trainer_mle"], .70, None),
+    ("combined", "ours_combined_cached_checkpointed", ["trainer_mle"], .70, .35),
+    ("combined", "ours_combined_cached", ["teacher_loop"], .45, None),
+    ("combined", "ours_combined_cached_checkpointed", ["teacher_loop"], .45, .25),
     ("combined", "ours_combined_frozen", ["trainer_mle"], .95, None),
     ("masked", "ours_masked_mle_top", ["trainer_mle"], .25, None),
     ("uncertainty", "ours_dropout", ["naive_dropout"], .65, .10),
@@ -75,7 +79,8 @@ def measure(name:str, variants:list, rounds:int, threads:int, options:dict)->dic
                 taken[v].append(p.step(r % steps))
                 bar.update()
     for p in processes.values(): p.stop()
-    return {v: dict(seconds=statistics.median(t["seconds"] for t in ts[1:]), rounds=[round(t["seconds"], 3) for t in ts[1:]],
+    middle = lambda ts: statistics.median(t["seconds"] for t in ts[1:])
+    return {v: dict(seconds=middle(ts), tokens_per_second=round(ts[0]["tokens"] / middle(ts), 1), rounds=[round(t["seconds"], 3) for t in ts[1:]],
                     first=ts[0]["seconds"], extra_mb=max(t["extra_mb"] for t in ts), loss=[t["loss"] for t in ts[:steps]]) for v, ts in taken.items()}
 
 def check_losses(found:dict)->list[str]:
@@ -103,34 +108,54 @@ def machine(threads:int)->dict:
     return dict(cpu=next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), platform.processor()), threads=threads,
                 python=platform.python_version(), **{p: version(p) for p in ("torch", "transformers", "trl", "uat_repro")})
 
+def grow(what:str, rounds:int, threads:int)->dict:
+    "Seconds and memory for each value of one thing."
+    flag, variant = {"vocabulary": "model"}.get(what, what), "ours_dropout" if what == "samples" else "ours_masked_mle"
+    value = lambda v: f"head-{v}" if what == "vocabulary" else v
+    return {str(v): measure(f"{what} {v}", [variant], rounds, threads, {"model": "wide-32000"} | {flag: value(v)})[variant] for v in SCALING[what]}
+
 def main(options):
-    found, scaling = {}, {}
-    for name in options.only or WORKLOADS:
-        variants, kw = WORKLOADS[name]
-        found[name] = measure(name, variants, options.rounds, options.threads, kw)
-        if wrong := check_losses(found[name]): sys.exit("losses differ: " + "; ".join(wrong))
-    for what, values in ({} if options.only else SCALING).items():
-        flag = {"vocabulary": "model"}.get(what, what)
-        variant = "ours_dropout" if what == "samples" else "ours_masked_mle"
-        scaling[what] = {str(v): measure(f"{what} {v}", [variant], options.rounds, options.threads,
-                                         {"model": "wide-32000"} | {flag: f"wide-{v}" if what == "vocabulary" else v})[variant] for v in values}
-    result = dict(machine=machine(options.threads), rounds=options.rounds, ratios=ratios(found), workloads=found, scaling=scaling)
-    if not options.only: (HERE/"results.json").write_text(json.dumps(result, indent=1) + "\n")
+    kept = HERE/"results.json"
+    result = json.loads(kept.read_text()) if options.only and kept.exists() else dict(workloads={}, scaling={})
+    result |= dict(machine=machine(options.threads), rounds=options.rounds)
+    for part in options.only or PARTS:
+        if part in WORKLOADS:
+            found = measure(part, WORKLOADS[part][0], options.rounds, options.threads, WORKLOADS[part][1])
+            if wrong := check_losses(found): sys.exit("losses differ: " + "; ".join(wrong))
+            result["workloads"][part] = found
+        elif part in SCALING: result["scaling"][part] = grow(part, options.rounds, options.threads)
+        else: result[part] = json.loads(subprocess.run([sys.executable, HERE/"precision.py"], capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+        result["ratios"] = ratios(result["workloads"])
+        kept.write_text(json.dumps(result, indent=1) + "\n")  # after each part: what was measured is not lost with the rest
+    (HERE/"results.md").write_text(summary(result))
     report(result)
 
+NAMES = dict(
+    trainer_mle="`transformers.Trainer`, plain MLE", trainer_topk="`transformers.Trainer`, the same tokens by a `compute_loss_func`", sft_topk="TRL `SFTTrainer`, the same tokens",
+    teacher_loop="student and teacher in plain PyTorch", naive_dropout="stacking all distributions", naive_dropout_top="stacking all distributions",
+    ours_masked_mle="masked MLE", ours_masked_mle_checkpointed="masked MLE, checkpointed", ours_masked_mle_top="masked MLE, top third over kept states",
+    ours_combined_cached="combined, cached teacher", ours_combined_cached_checkpointed="combined, cached teacher, checkpointed", ours_combined_frozen="combined, frozen teacher",
+    ours_dropout="uncertainty, 8 samples", ours_dropout_top="uncertainty, 8 samples, dropout in the top fifth")
+
+def summary(result:dict)->str:
+    "The ratios as a table in markdown: the README's."
+    lines = ["| ours | against | time | extra memory |", "| --- | --- | --- | --- |"]
+    return "\n".join(lines + [f"| {NAMES[r['ours']]} | {NAMES[r['against']]} | {r['time']:.2f} | {r['memory']:.2f} |" for r in result["ratios"]]) + "\n"
+
 def report(result:dict)->None:
+    "The tables."
     for name, variants in result["workloads"].items():
-        print(f"\n{name}\n{'variant':28}{'seconds':>9}{'extra MB':>10}")
-        for v, f in variants.items(): print(f"{v:28}{f['seconds']:9.2f}{f['extra_mb']:10.0f}")
-    print(f"\n{'ours':22}{'against':20}{'time':>7}{'goal':>6}{'memory':>8}{'goal':>6}")
-    for r in result["ratios"]: print(f"{r['ours']:22}{r['against']:20}{r['time']:7.2f}{r['time_goal']:6.2f}{r['memory']:8.2f}{r['memory_goal'] or '':>6}")
+        print(f"\n{name}\n{'variant':36}{'seconds':>9}{'tokens/s':>10}{'extra MB':>10}")
+        for v, f in variants.items(): print(f"{v:36}{f['seconds']:9.2f}{f['tokens_per_second']:10.0f}{f['extra_mb']:10.0f}")
+    print(f"\n{'ours':36}{'against':20}{'time':>7}{'goal':>6}{'memory':>8}{'goal':>6}")
+    for r in result["ratios"]: print(f"{r['ours']:36}{r['against']:20}{r['time']:7.2f}{r['time_goal']:6.2f}{r['memory']:8.2f}{r['memory_goal'] or '':>6}")
     for what, values in result["scaling"].items():
         print(f"\n{what:>12}{'seconds':>9}{'extra MB':>10}")
         for v, f in values.items(): print(f"{v:>12}{f['seconds']:9.2f}{f['extra_mb']:10.0f}")
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", choices=WORKLOADS, help="some workloads, printed and not written")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="*", choices=PARTS, help="measure these parts again, and keep the others")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     main(parser.parse_args())

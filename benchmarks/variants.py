@@ -49,11 +49,14 @@ def make_rows(tokenizer, vocab:int, steps:int, lengths:list[int], share:float)->
     return batches
 
 def make_model(name:str):
-    "SmolLM2, or `wide-V`: two layers under a vocabulary of V."
-    if not name.startswith("wide-"): return load_model(name)
+    "SmolLM2; `wide-V`, two layers under a vocabulary of V; or `head-V`, the same with a head of its own and embeddings that do not train."
+    kind, _, vocab = name.partition("-")
+    if kind not in ("wide", "head"): return load_model(name)
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=int(name[5:]), hidden_size=256, intermediate_size=688, num_hidden_layers=2, num_attention_heads=4, tie_word_embeddings=True)
-    return LlamaForCausalLM(config).eval(), tiny_tokenizer()
+    shape = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=2, num_attention_heads=4)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=int(vocab), tie_word_embeddings=kind == "wide", **shape)).eval()
+    model.get_input_embeddings().requires_grad_(kind == "wide")
+    return model, tiny_tokenizer()
 
 def perturb(model, layers:int)->None:
     "Move the upper layers, so that the student is no longer its teacher."
@@ -120,7 +123,7 @@ def teacher_loop(model, work):
         kept[losses.detach().sort(descending=True, stable=True).indices[:count_kept(len(losses), .25)]] = True
         loss = losses[kept].mean() + kl[~kept].mean()
         loss.backward()
-        return loss
+        return loss.detach()
     return step
 
 def ours(model, work, objective, **kw):
@@ -134,7 +137,7 @@ def ours_masked_mle(model, work): return ours(model, work, "masked_mle")
 
 @variant
 def ours_masked_mle_checkpointed(model, work):
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     return ours(model, work, "masked_mle")
 
 @variant
@@ -160,7 +163,7 @@ def ours_combined_cached(model, work):
 @variant
 def ours_combined_cached_checkpointed(model, work):
     step = ours_combined_cached(model, work)
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     return step
 
 @variant
@@ -240,7 +243,7 @@ def main(options):
         seconds, peak = time.perf_counter() - began, memory("VmHWM")
         student.zero_grad(set_to_none=True)  # who waits for its turn holds as little as it can
         tidy()
-        print(json.dumps(dict(seconds=seconds, extra_mb=peak - start, loss=loss)), flush=True)
+        print(json.dumps(dict(seconds=seconds, extra_mb=peak - start, loss=loss, tokens=int(work.batches[int(line)]["attention_mask"].sum()))), flush=True)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

@@ -88,7 +88,7 @@ def main() -> int:
     STAGE.mkdir()
     results = args.results.resolve()
     with ProcessPoolExecutor(2) as pool:
-        library = {page: pool.submit(run, page) for page in notebooks() if page.parts[0] == "api"}
+        library = {page: pool.submit(run, page) for page in notebooks() if page.parts[0] in ("api", "benchmarks.ipynb")}
     for page in notebooks(): stage(page, library[page].result() if page in library else nbformat.read(executed(page, results), 4))
     if (ROOT / "reference").exists(): shutil.copytree(ROOT / "reference", STAGE / "measured")
     shutil.copy(ROOT / "_quarto.yml", STAGE)
