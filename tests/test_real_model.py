@@ -5,7 +5,7 @@ import pytest, torch
 
 from examples import logits_of
 from uat_repro.data import Collator, encode
-from uat_repro.models import head_of, hidden_states, load_model, split_layers
+from uat_repro.models import PORTS, head_of, hidden_states, load_model, split_layers
 from uat_repro.objective import Objective
 from uat_repro.uncertainty import MCDropout
 
@@ -53,6 +53,18 @@ def test_masked_loss_is_the_mean_of_the_hardest_quarter(real, batch):
         losses = torch.nn.functional.cross_entropy(logits_of(model, batch)[valid], batch["labels"][:, 1:][valid], reduction="none")
     k = -(-len(losses) // 4)
     torch.testing.assert_close(out.loss, losses.topk(k).values.mean(), atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", PORTS)
+def test_port_is_the_same_model_in_other_code(real, batch, family):
+    "Logits of the whole model, and the objective's loss and mask through the other family's code."
+    ported, _ = load_model(f"smollm2-135m-{family}")
+    assert ported.config.model_type == family
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(ported, batch), logits_of(real[0], batch), atol=2e-3, rtol=1e-4)
+        there, here = Objective()(ported, batch), Objective()(real[0], batch)
+    torch.testing.assert_close(there.loss, here.loss, atol=1e-3, rtol=1e-4)
+    assert torch.equal(there.selected, here.selected)
 
 
 def test_dropout_is_a_mild_disturbance(real, batch):

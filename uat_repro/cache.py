@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Callable, Mapping, Sequence
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import send_to_device
 from datasets import Dataset, load_from_disk
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -188,8 +190,9 @@ class Prepared:
     dtype: str = "float32" # of the weights
 
     def load(self)->tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-        "The model to train, its embeddings and head frozen where it is a top of layers; and the tokenizer."
+        "The model to train, on the device that accelerate finds, its embeddings and head frozen where it is a top of layers; and the tokenizer."
         model, tokenizer = load_model(self.spec, self.dtype)
+        model.to(PartialState().device)
         if not self.layer: return model, tokenizer
         top = split_layers(model, self.layer)[1]
         for part in (top.get_input_embeddings(), top.get_output_embeddings()): part.requires_grad_(False)
@@ -217,4 +220,9 @@ class Prepared:
         "Held-out records in batches, with little padding."
         rows, collate = self.rows(split, range(records)), Collator(tokenizer)
         order = sorted(range(records), key=lambda i: len(rows[i]["input_ids"]))
-        return [collate([rows[i] for i in order[k:k + batch_size]]) for k in range(0, records, batch_size)]
+        return [self.on_device(collate([rows[i] for i in order[k:k + batch_size]])) for k in range(0, records, batch_size)]
+
+    @staticmethod
+    def on_device(batch:Mapping)->dict:
+        "A batch where the model is."
+        return send_to_device(dict(batch), PartialState().device)
