@@ -6,7 +6,8 @@ Docs: https://uat-repro.github.io/uat-repro/api/head.html.md"""
 
 # %% auto #0
 __all__ = ['CHUNK_LOGITS', 'SLICE_LOGITS', 'valid_tokens', 'predicting_states', 'to_positions', 'chunk_size', 'map_tokens',
-           'TokenScores', 'scores_of', 'log_normaliser', 'token_scores', 'token_loss', 'cross_entropy', 'kl_divergence']
+           'TokenScores', 'scores_of', 'log_normaliser', 'token_scores', 'scores_and_divergence', 'token_loss',
+           'cross_entropy', 'kl_divergence']
 
 # %% ../nbs/api/02_head.ipynb #02-head-03
 from typing import Callable, Iterator, NamedTuple
@@ -125,6 +126,7 @@ def token_scores(
     hidden:Tensor, # (N, H) hidden states
     targets:Tensor, # (N,) token ids
     head, # with `weight` (V, H) and `logits(hidden)`
+    watch:Callable[[int, Tensor], None]|None=None, # called with the first token id of each slice, and its logits
 )->TokenScores: # of these tokens
     "Equation 2 from hidden states."
     slices, own = [*_slices(head, len(hidden))], torch.zeros(len(hidden), device=hidden.device)
@@ -132,6 +134,7 @@ def token_scores(
     best = torch.empty(top.shape, dtype=torch.long, device=hidden.device)
     for k, (i, j) in enumerate(slices):
         z = _slice(head, i, j).logits(hidden)
+        if watch is not None: watch(i, z)
         own = torch.where(*_own(z, i, targets), own)
         torch.max(z, -1, out=(top[k], best[k]))
         e = (z - top[k, :, None]).exp_()
@@ -142,7 +145,25 @@ def token_scores(
     entropy = ((log_z - whole).exp() * (whole - mean)).sum(0)
     return TokenScores(whole - own, entropy, best.gather(0, top.argmax(0, keepdim=True))[0] == targets, whole)
 
-# %% ../nbs/api/02_head.ipynb #02-head-28
+# %% ../nbs/api/02_head.ipynb #02-head-27
+@torch.no_grad()
+def scores_and_divergence(
+    hidden:Tensor, # (N, H) hidden states
+    targets:Tensor, # (N,) token ids
+    head, # of the model
+    other:Tensor, # (N, H') hidden states of another model, for the same tokens
+    other_head, # of that model
+    other_log_z:Tensor, # (N,) `TokenScores.log_z` of the other model
+)->tuple[TokenScores, Tensor]: # scores of the model; divergence (N,) of the other's distribution from its, nats
+    "Equation 2 and the divergence from another model, in one pass over the vocabulary."
+    moved = torch.zeros_like(other_log_z)
+    def watch(start:int, z:Tensor)->None:
+        there = _slice(other_head, start, start + z.shape[1]).logits(other)
+        moved.add_(linalg.vecdot((there - other_log_z[:, None]).exp_(), there - z))
+    scores = token_scores(hidden, targets, head, watch)
+    return scores, (moved + scores.log_z - other_log_z).clamp_(min=0)
+
+# %% ../nbs/api/02_head.ipynb #02-head-31
 class _BySlices(torch.autograd.Function):
     "The gradient of a sum over tokens, taken slice by slice in the forward; the backward multiplies by the factor that arrives."
     @staticmethod
@@ -168,7 +189,7 @@ class _BySlices(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None  # who receives them need not copy them
         return *(g if g is None else g.mul_(factor).to(d) for g, d in zip(grads, ctx.dtypes)), None, None, None
 
-# %% ../nbs/api/02_head.ipynb #02-head-29
+# %% ../nbs/api/02_head.ipynb #02-head-32
 def _rows(weight:Tensor, kl_weight:Tensor)->tuple[Tensor, int, int]:
     "Tokens that count, first those of the divergence, last those of the loss; where the losses begin, and where the divergences end."
     ce, kl = weight != 0, kl_weight != 0
@@ -219,7 +240,7 @@ def token_loss(
     spread = lambda x: torch.zeros_like(weight).index_copy(0, rows, x)
     return summed, spread(loss), spread(tau**2 * kl)
 
-# %% ../nbs/api/02_head.ipynb #02-head-31
+# %% ../nbs/api/02_head.ipynb #02-head-34
 def cross_entropy(hidden:Tensor, targets:Tensor, head, weight:Tensor|None=None)->tuple[Tensor, Tensor]:
     "Weighted sum of the predictive losses (equations 1 and 7), differentiable; the loss of each token (N,), nats."
     return token_loss(hidden, targets, head, torch.ones(len(hidden), device=hidden.device) if weight is None else weight)[:2]

@@ -92,13 +92,13 @@ class UncertaintyAwareTrainer(_LoggingTrainer):
         model:nn.Module=None, # a causal language model, with or without an adapter
         args:TrainingArguments=None, # as ever; unused columns are kept, since a record's id and states are no arguments of the model
         objective:Objective|str=Objective(), # or the name of a preset
-        teacher:Callable|None=None, # needed where the objective distils
+        teacher:Callable|None=None, # see `Objective.needs_teacher`
         token_log:TokenLog|None=None, # where to record tokens
         **kwargs, # train_dataset, processing_class, data_collator, callbacks, ...
     ):
         self.objective = Objective.preset(objective) if isinstance(objective, str) else objective
         self.teacher, self.token_log = teacher, token_log
-        if self.objective.distill_weight and teacher is None: raise ValueError("this objective distils: pass teacher=FrozenTeacher(model), made before training")
+        if self.objective.needs_teacher and teacher is None: raise ValueError("this objective asks a teacher: pass teacher=FrozenTeacher(model), made before training")
         if args is not None: args.remove_unused_columns = False
         if kwargs.get("data_collator") is None:
             if kwargs.get("processing_class") is None: raise ValueError("pass processing_class=tokenizer, or a data_collator that makes labels")
