@@ -1,0 +1,35 @@
+"""lm-evaluation-harness on local records: the files of a data folder, what is left out, and what comes back."""
+import json
+
+import pytest
+
+from uat_repro import evaluation
+from uat_repro.evaluation import NEED_PUNKT, benchmark
+from uat_repro.models import tiny_model, tiny_tokenizer
+
+for package in ("lm_eval", "langdetect", "immutabledict"): pytest.importorskip(package, reason=f"needs {package}: pip install 'uat_repro[benchmarks]'")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    "Three prompts of IFEval's kind: one that any text without a comma obeys, one that none obeys here, one that counts sentences."
+    monkeypatch.setattr(evaluation, "_has_punkt", lambda: False)
+    rows = [dict(key=1, prompt="No commas, please.", instruction_id_list=["punctuation:no_comma"], kwargs=[{}]),
+            dict(key=2, prompt="Say nothing, then end with Amen.", instruction_id_list=["startend:end_checker", "punctuation:no_comma"], kwargs=[dict(end_phrase="Amen."), {}]),
+            dict(key=3, prompt="Three sentences.", instruction_id_list=[NEED_PUNKT[0]], kwargs=[dict(relation="at least", num_sentences=3)])]
+    (tmp_path / "ifeval.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return tmp_path
+
+
+def test_prompts_that_cannot_be_judged_are_left_out_and_counted(folder):
+    samples, left_out = benchmark(tiny_model(), tiny_tokenizer(), ["ifeval"], folder, max_new_tokens=2)
+    assert left_out == {"ifeval": 1} and set(samples["record"]) == {"0", "1"}
+    value = samples.set_index(["record", "metric"])["value"]
+    said = samples.set_index(["record", "metric"])["response"]["0", "prompt_level_strict_acc"]
+    assert value["0", "prompt_level_strict_acc"] == float("," not in said and said.strip() != "")
+    assert value["1", "prompt_level_strict_acc"] == 0 and 0 <= value["1", "inst_level_strict_acc"] <= .5
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install 'uat_repro\\[benchmarks\\]'"): benchmark(tiny_model(), tiny_tokenizer())
