@@ -20,7 +20,7 @@ setup(
     author=cfg["author"], author_email=cfg["author_email"],
     url=cfg["git_url"], license="Apache-2.0", keywords=cfg["keywords"].split(),
     packages=find_packages(include=["uat_repro", "uat_repro.*"]),
-    package_data={"uat_repro": ["workflow/Snakefile", "workflow/*.yaml", "workflow/profiles/*/config.yaml"]},
+    package_data={"uat_repro": ["claims.yaml", "workflow/Snakefile", "workflow/*.yaml", "workflow/profiles/*/config.yaml"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

@@ -7,9 +7,11 @@ import pandas as pd
 import pytest
 from scipy.stats import spearmanr
 
-from uat_repro.statistics import (CLAIMS, CONTROLS, Claim, Effect, Measure, chance_jaccard, claim_rows, claims_table, cluster_bootstrap, compare_claims,
-                                  correlation, effects_frame, gains, jaccard, overlap_effect, paired_effect, read_runs, sample_note, standing, verdict,
+from uat_repro.statistics import (TESTS, Claim, Effect, Measure, chance_jaccard, claim_rows, claims_table, cluster_bootstrap, compare_claims, judge,
+                                  correlation, effects_frame, gains, jaccard, overlap_effect, paired_effect, read_claims, read_runs, sample_note, standing, verdict,
                                   write_claims, write_whole)
+
+CLAIMS = {c.id: c for c in read_claims()}
 
 
 def arms(shift, n=40, seeds=2, seed=0, noise=.2):
@@ -25,10 +27,23 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     assert .92 <= np.mean(hits) <= .98
 
 
+def test_nothing_is_found_about_as_rarely_as_the_p_value_says():
+    ps = [paired_effect(*arms(0., n=80, seed=s)).p for s in range(400)]
+    assert .02 <= np.mean(np.array(ps) <= .05) <= .09
+
+
+def test_the_detectable_effect_is_found_four_times_out_of_five():
+    least = paired_effect(*arms(0., n=80)).detectable
+    found = [paired_effect(*arms(-least, n=80, seed=s)).p <= .05 for s in range(1, 300)]
+    assert .7 <= np.mean(found) <= .9
+
+
 def test_the_interval_is_that_of_theory_for_a_mean():
     x = np.random.default_rng(0).normal(size=400)
-    low, high = cluster_bootstrap(lambda i: x[i].mean(-1), 400)
-    assert (high - low) / 2 == pytest.approx(1.96 * x.std() / 20, rel=.06)
+    found = cluster_bootstrap(lambda i: x[i].mean(-1), 400)
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * x.std() / 20, rel=.06)
+    assert found.error == pytest.approx(x.std() / 20, rel=.06)
+    assert cluster_bootstrap(lambda i: x[i].mean(-1), 400, null=3.).p == pytest.approx(2 / 4001)
 
 
 def test_pairing_narrows_the_interval():
@@ -47,6 +62,8 @@ def test_paired_effect_is_the_mean_of_differences_within_records_and_seeds():
     assert found.estimate == pytest.approx(gap.mean())
     assert found.per_seed == pytest.approx(tuple(gap.groupby(both.seed).mean()))
     assert (found.seeds, found.records) == (3, 12)
+    each = gap.groupby(both.record).mean()
+    assert found.size == pytest.approx(each.mean() / each.std())
 
 
 def test_records_of_one_arm_only_are_named():
@@ -143,7 +160,7 @@ def test_verdict(standings, expected): assert verdict(standings) == expected
 
 
 def test_a_claim_on_two_things_needs_both():
-    c8 = CLAIMS[7]
+    c8 = CLAIMS["C8"]
     assert {r["verdict"] for r in claim_rows(c8, {"a": (GOOD, GOOD)})} == {"reproduced"}
     rows = claim_rows(c8, {"a": (GOOD, replace(GOOD, low=-.1)), "b": (GOOD, GOOD)})
     assert [(r["standing"], r["holds"]) for r in rows] == [("for", "open"), ("open", "open"), ("for", "for"), ("for", "for")]
@@ -151,9 +168,9 @@ def test_a_claim_on_two_things_needs_both():
 
 
 def test_the_eight_claims_are_there_and_written(tmp_path):
-    rows = [r for c in (*CLAIMS, *CONTROLS) for r in claim_rows(c, {"a | b": tuple(replace(GOOD, low=math.nan) for _ in c.measures)})]
+    rows = [r for c in CLAIMS.values() for r in claim_rows(c, {"a | b": tuple(replace(GOOD, low=math.nan) for _ in c.measures)})]
     text = claims_table(rows)
-    for claim in CLAIMS: assert f"| {claim.id} | {claim.text}" in text
+    for claim in CLAIMS.values(): assert f"| {claim.id} | {claim.text}" in text
     assert "a \\| b" in text and "## Controls" in text
     read = json.loads(write_claims(rows, tmp_path).read_text())
     assert read[0]["effect"]["low"] is None and len(read) == len(rows)
@@ -162,13 +179,35 @@ def test_the_eight_claims_are_there_and_written(tmp_path):
 
 
 def test_differences_beyond_the_intervals_are_marked():
-    rows = lambda e: claim_rows(CLAIMS[2], {"a": (e,)})
+    rows = lambda e: claim_rows(CLAIMS["C3"], {"a": (e,)})
     near, far = replace(GOOD, estimate=.4, low=.2, high=.6), replace(GOOD, estimate=-.4, low=-.6, high=-.2, per_seed=(-.4, -.4))
     assert "**" not in compare_claims(rows(near), rows(GOOD))
     said = compare_claims(rows(far), rows(GOOD))
     assert "**1 of 1 effects differ**" in said and "**verdict changed**" in said
     assert "absent" in compare_claims([], rows(GOOD))
-    assert "no shared setting" in compare_claims(claim_rows(CLAIMS[2], {"b": (GOOD,)}), rows(GOOD))
+    assert "no shared setting" in compare_claims(claim_rows(CLAIMS["C3"], {"b": (GOOD,)}), rows(GOOD))
+
+
+def test_p_values_are_corrected_within_a_family(tmp_path):
+    "Holm: the smallest times their number, the next times one less, never falling."
+    records = pd.concat([arms(shift, seed=k)[1].assign(objective=o, accuracy=.5) for k, (o, shift) in enumerate([("mle", 0.), ("masked_mle", -.02), ("document_masked_mle", .05), ("combined", -.3)])])
+    records = pd.concat([records.assign(model="m", trained_on=d, regime="r", checkpoint="last", role=r) for d in "ab" for r in ("id", "ood")])
+    rows = [r for r in judge(CLAIMS.values(), tokens=pd.DataFrame(columns=["model", "dataset"]), records=records) if r["effect"]]
+    family = [r for r in rows if not r["control"]]
+    assert {r["id"] for r in family} == {"C3", "C4", "C7", "C8"}  # C6 asks for the initial model
+    raw, worst = sorted((r["effect"]["p"], r["p"]) for r in family), 0
+    for k, (p, corrected) in enumerate(raw):
+        worst = max(worst, min(1, p * (len(raw) - k)))
+        assert corrected == pytest.approx(worst)
+
+
+def test_a_file_of_claims_is_checked_by_reading_it(tmp_path):
+    "Every claim names a test that exists, and its assumptions; controls name their claim."
+    for claim in CLAIMS.values():
+        assert claim.family and claim.where and all(m.test in TESTS for m in claim.measures) and (claim.control or claim.assumed)
+    (tmp_path / "claims.yaml").write_text("assumptions: {}\nclaims: []\ncontrols:\n- {id: X, text: t, where: w, family: f, measures: [{name: n, test: gain, of: a, over: b, role: id, expect: '< 0.5'}]}\n")
+    (claim,) = read_claims(tmp_path / "claims.yaml")
+    assert claim.control and claim.measures[0] == Measure("n", -1, .5, "gain", dict(of="a", over="b", role="id"))
 
 
 def test_nothing_half_written_is_left(tmp_path, monkeypatch):
@@ -183,13 +222,12 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch):
 def runs(folder, objectives=("mle", "masked_mle"), shift=-.2):
     a, b = arms(shift)
     for objective, frame in zip(objectives, (a, b)):
-        for s in (0, 1):
-            out = folder / "train" / f"tiny-alpaca-repeated-{objective}-{s}"
-            out.mkdir(parents=True)
-            rows = [frame[frame.seed == s].drop(columns="seed").assign(checkpoint=c, dataset=d, role=r, accuracy=lambda x: -x.nll)
-                    for c in ("initial", "best", "last") for d, r in (("alpaca", "id"), ("alpaca", "validation"), ("gsm8k", "ood"), ("sharegpt", "ood"))]
-            pd.concat(rows).to_parquet(out / "records.parquet")
-            (out / "result.json").write_text(json.dumps(dict(model="tiny", dataset="alpaca", regime="repeated", objective=objective, seed=s)))
+        out = folder / "train" / f"tiny-alpaca-repeated-{objective}"
+        out.mkdir(parents=True)
+        rows = [frame.assign(checkpoint=c, dataset=d, role=r, accuracy=lambda x: -x.nll)
+                for c in ("initial", "best", "last") for d, r in (("alpaca", "id"), ("alpaca", "validation"), ("gsm8k", "ood"), ("sharegpt", "ood"))]
+        pd.concat(rows).to_parquet(out / "records.parquet")
+        (out / "result.json").write_text(json.dumps(dict(model="tiny", dataset="alpaca", regime="repeated", objective=objective)))
 
 
 def test_runs_are_read_and_compared(tmp_path):
@@ -202,12 +240,12 @@ def test_runs_are_read_and_compared(tmp_path):
     assert all(e.estimate == 0 for e in gains(frame, "masked_mle", over="initial").values())
     assert gains(frame, "masked_mle", value="accuracy")["tiny", "alpaca", "repeated", "last", "id"].estimate > 0
     assert len(effects_frame(found, objective="masked_mle")) == 4
-    assert read_runs(tmp_path, runs=["train/tiny-alpaca-repeated-mle-0"]).objective.unique().tolist() == ["mle"]
+    assert read_runs(tmp_path, runs=["train/tiny-alpaca-repeated-mle"]).objective.unique().tolist() == ["mle"]
     with pytest.raises(FileNotFoundError, match="1 of 2 runs are missing"):
-        read_runs(tmp_path, runs=[f"train/tiny-alpaca-repeated-mle-{s}" for s in (0, 7)])
+        read_runs(tmp_path, runs=[f"train/tiny-alpaca-repeated-{o}" for o in ("mle", "none")])
 
 
 def test_a_caption_warns_of_thin_data():
     assert "Thin" not in sample_note(5000, 60, 3)
     assert sample_note(documents=8, seeds=2).endswith("Thin data: documents below 30, seeds below 3.")
-    assert asdict(GOOD)["per_seed"] == (.2, .4) and isinstance(CLAIMS[0], Claim)
+    assert asdict(GOOD)["per_seed"] == (.2, .4) and isinstance(CLAIMS["C1"], Claim)
