@@ -34,7 +34,8 @@ def test_has_documented_parameters_and_a_rule(path):
     assert len(tagged) == 1
     lines = "".join(tagged[0]["source"]).splitlines()
     assert all(re.match(r"\w+: [\w\[\], |]+ = .+  # \S", line) for line in lines), "write `name: type = default  # what it is`"
-    assert f"{path.parent.name}/{path.stem}" in (ROOT / "uat_repro" / "workflow" / "Snakefile").read_text(encoding="utf-8")
+    runs = (ROOT / "uat_repro" / "workflow" / "Snakefile").read_text(encoding="utf-8"), (ROOT / "uat_repro" / "workflow.py").read_text(encoding="utf-8")
+    assert f'"experiments/{path.stem}"' in runs[0] if path.parent.name == "experiments" else f'("{path.stem}"' in runs[1]
 
 
 def test_only_the_library_exports():

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from uat_repro.plots import (OBJECTIVES, contrast, draw_procedure, heatmap_figure, heatmap_html, html_page, look, plot_correlations, plot_curves, plot_gains,
+from uat_repro.plots import (OBJECTIVES, contrast, draw_procedure, heatmap_figure, heatmap_html, html_page, look, plot_correlations, plot_curves, plot_dynamics, plot_effects, plot_gains, plot_posteriors,
                              plot_tradeoff, save_figure, score_colours, score_limits, text_colour)
 from uat_repro.plots import _layout
 
@@ -115,6 +115,27 @@ def test_procedure_follows_the_objective():
     assert "Initial" not in said(distill_weight=0.) and "Mask" not in said(keep=1.)
     assert "random 25%" in said(metric="random") and "whole" in said(distill_on="all") and r"\tau" in said(temperature=2.)
     with pytest.raises(ValueError, match="nothing is trained"): said(keep=0., distill_weight=0.)
+
+
+def test_lines_of_effects_have_their_intervals():
+    frame = pd.DataFrame([dict(trained_on="a", x=x, kind=k, estimate=x, low=x - .1, high=x + .3) for x in (.1, .5, 1.) for k in ("high", "low")])
+    ax = plot_effects(frame, "x", "kind").axes[0]
+    bars = ax.containers[0].lines[2][0].get_segments()
+    assert [list(b[:, 1]) for b in bars] == [pytest.approx([x - .1, x + .3]) for x in (.1, .5, 1.)]
+    with pytest.raises(ValueError, match="no column distance"): plot_effects(frame, "distance", "kind")
+
+
+def test_a_harmful_posterior_is_pale_and_the_chosen_one_bold():
+    row = lambda name, inflation, **more: dict(model="m", dataset="d", posterior=name, pair="p", estimate=.5, low=.4, high=.6, inflation=inflation, max_inflation=.02, spearman=.3, jaccard=.2, chosen=False) | more
+    left = plot_posteriors(pd.DataFrame([row("mild", .01, chosen=True), row("harsh", .5)])).axes[0]
+    assert {t.get_text(): t.get_weight() for t in left.get_yticklabels()} == {"harsh": "normal", "mild": "bold"}
+    assert sorted(line.get_alpha() for line in left.lines if line.get_marker() == "o") == [.3, 1]
+
+
+def test_chosen_and_other_tokens_are_told_apart():
+    frame = pd.DataFrame([dict(model="m", trained_on="d", objective="mle", seed=s, step=t, chosen=c, loss=1. + c) for s in (0, 1) for t in (0, 8) for c in (True, False)])
+    lines = plot_dynamics(frame, ["loss"]).axes[0].lines
+    assert {(line.get_linestyle(), line.get_ydata()[0]) for line in lines} == {("-", 2.), ("--", 1.)} and len(lines) == 6
 
 
 def test_figures_leave_no_trace_in_pyplot_or_settings():

@@ -15,7 +15,8 @@ from nbdev.processors import FilterDefaults, exec_show_docs
 ROOT = Path(__file__).resolve().parents[1]
 NBS, STAGE = ROOT / "nbs", ROOT / "_proc"
 # which of many runs to show
-EXAMPLES = {"00_prepare": "prepare/*", "10_uncertainty": "uncertainty/*", "11_train": "train/*-repeated-masked_mle-0"}
+EXAMPLES = {"00_prepare": "prepare/*", "10_uncertainty": "uncertainty/*", "11_train": "train/*-repeated-masked_mle",
+            "12_posteriors": "posteriors/*", "13_subsets": "subsets/*", "why_masking": "why/*"}
 
 
 def notebooks() -> list[Path]:
@@ -26,7 +27,8 @@ def notebooks() -> list[Path]:
 
 def executed(page: Path, results: Path) -> Path:
     "The notebook as the last run left it; as it is in the repository where there was none."
-    found = sorted((results / "notebooks").glob(f"{EXAMPLES[page.stem]}.ipynb" if page.stem in EXAMPLES else str(page)))
+    name = EXAMPLES.get(page.stem) or f"figures/{page.stem.partition('_')[2]}"
+    found = sorted((results / "notebooks").glob(f"{name}.ipynb"))
     return found[0] if found else NBS / page
 
 

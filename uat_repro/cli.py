@@ -6,7 +6,7 @@ Docs: https://uat-repro.github.io/uat-repro/api/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'SCORES', 'main', 'reproduce', 'claims', 'Finding', 'check_package', 'check_hub', 'check_data', 'check_machine',
-           'findings', 'runnable', 'doctor', 'score_tokens', 'score', 'train_model', 'train', 'cache']
+           'findings', 'runnable', 'doctor', 'score_tokens', 'score', 'train_model', 'train', 'evaluate', 'cache']
 
 # %% ../nbs/api/13_cli.ipynb #13-cli-03
 import hashlib, json, os, shutil, sys, time, urllib.request
@@ -17,8 +17,8 @@ from typing import Annotated, NamedTuple
 import pandas as pd, typer
 from packaging.requirements import Requirement
 
-from .statistics import write_whole
-from .workflow import in_folder, load_profile, manifest, nearest, reproduce as run_grid, result_files, write_frame, write_json
+from .statistics import markdown_table, mean_effect, write_whole
+from .workflow import cost, in_folder, load_profile, manifest, nearest, notebooks_folder, plan, reproduce as run_grid, result_files, snakemake_command, write_frame, write_json
 
 # %% ../nbs/api/13_cli.ipynb #13-cli-05
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -64,13 +64,15 @@ def reproduce(
 def claims(
     workdir:Annotated[Path, typer.Argument(help="Folder of results.")] = Path("results"),
 ):
-    "Print the table of claims; the exit status is 1 where a result is missing."
+    "Print the table of claims; the exit status is 1 where a result is missing or older than the code that makes it."
     table, config = workdir/"claims.md", workdir/"profile.json"
     if not table.exists(): raise FileNotFoundError(f"{workdir} holds no claims: run `uat-repro reproduce`, or give the folder of results")
     print(table.read_text(encoding="utf-8"))
-    wanted = result_files(json.loads(config.read_text(encoding="utf-8"))) if config.exists() else []
-    if missing := [f for f in wanted if not (workdir/f).exists()]:
+    profile = json.loads(config.read_text(encoding="utf-8")) if config.exists() else None
+    if missing := [f for f in result_files(profile) if not (workdir/f).exists()] if profile else []:
         raise FileNotFoundError(f"{len(missing)} results are missing, the first of them {missing[0]}: run `uat-repro reproduce` again")
+    stale = plan(snakemake_command(workdir, notebooks_folder(), ["claims"], data_dir=os.environ.get("UAT_REPRO_DATA_DIR"))) if profile else []
+    if stale: raise ValueError(f"{len(stale)} results are older than the code or the data that they rest on, the first of them {stale[0]}: run `uat-repro reproduce` again")
 
 # %% ../nbs/api/13_cli.ipynb #13-cli-15
 class Finding(NamedTuple):
@@ -243,6 +245,7 @@ def train_model(
     validation, # of `encode_all`, held out
     objective:str="combined", # a preset
     lora:bool=False, # train an adapter
+    reference=None, # a second model, for the preset that asks one (rho1)
     **args, # of `transformers.TrainingArguments`
 ): # the Trainer, and the validation loss (nats per token) before and after
     "Train with a preset."
@@ -252,8 +255,9 @@ def train_model(
     from uat_repro.objective import Objective
     from uat_repro.training import UncertaintyAwareTrainer
     chosen = Objective.preset(objective)
+    if chosen.metric == "excess" and reference is None: raise ValueError(f"{objective} compares with a model that was trained on such data: pass --reference, its folder or hub id")
     if lora: model = add_lora(model)
-    teacher = (AdapterTeacher if lora else FrozenTeacher)(model) if chosen.distill_weight else None
+    teacher = None if not chosen.needs_teacher else FrozenTeacher(reference) if reference is not None else (AdapterTeacher if lora else FrozenTeacher)(model)
     settings = dict(save_strategy="no", report_to="none", logging_steps=1, lr_scheduler_type="cosine", disable_tqdm=not sys.stderr.isatty())
     trainer = UncertaintyAwareTrainer(model=model, args=TrainingArguments(**settings | args), objective=chosen, teacher=teacher,
                                       train_dataset=rows, eval_dataset=validation, processing_class=tokenizer)
@@ -267,13 +271,14 @@ def train_model(
 def train(
     dataset:Annotated[str, typer.Argument(help="alpaca, gsm8k, gsm_symbolic, sharegpt, or the path of a .json or .jsonl file")],
     model:Annotated[str, typer.Option(help="Hub id, folder, .gguf file, or smollm2-135m.")] = "smollm2-135m",
-    objective:Annotated[str, typer.Option(help="A preset: mle, masked_mle, document_masked_mle, combined, mle_kl, ...")] = "combined",
+    objective:Annotated[str, typer.Option(help="A preset: mle, masked_mle, combined, mle_kl, rho1, stm, dft, asft, eaft, ...")] = "combined",
     out:Annotated[Path, typer.Option(help="Folder for the model and its log.")] = Path("trained"),
     documents:Annotated[int, typer.Option(min=1, help="Records to train on.")] = 1000,
     epochs:Annotated[float, typer.Option(help="Passes over them.")] = 1.0,
     batch_size:Annotated[int, typer.Option(min=1, help="Records of a step.")] = 8,
     learning_rate:Annotated[float, typer.Option(help="Its peak; a cosine from there.")] = 1e-4,
     lora:Annotated[bool, typer.Option("--lora", help="Train an adapter in place of all weights.")] = False,
+    reference:Annotated[str, typer.Option(help="Second model that rho1 compares with: one that was trained on such data.")] = "",
     max_length:Annotated[int, typer.Option(help="Tokens of a record; longer responses are cropped.")] = 512,
     seed:Annotated[int, typer.Option(help="Of the order of the records.")] = 0,
     data_dir:Annotated[Path|None, typer.Option(envvar="UAT_REPRO_DATA_DIR", help="Folder of your own data.")] = None,
@@ -289,15 +294,39 @@ def train(
     began, weights, data = time.time(), weights_hash(network), hashlib.sha256("\n".join(rows["id"]).encode()).hexdigest()[:16]
     args = dict(output_dir=str(out), num_train_epochs=epochs, seed=seed, learning_rate=learning_rate,
                 per_device_train_batch_size=batch_size, per_device_eval_batch_size=batch_size)
-    trainer, (before, after) = train_model(_on_gpu(network), tokenizer, rows, held_out, objective, lora, **args)
+    trainer, (before, after) = train_model(_on_gpu(network), tokenizer, rows, held_out, objective, lora, _on_gpu(load_model(reference)[0]) if reference else None, **args)
     trainer.save_model(str(out/"model"))
     write_frame(out/"log.parquet", pd.DataFrame([line for line in trainer.state.log_history if "mle" in line]))
     name, spec, steps = Path(dataset).stem, Path(model).name, trainer.state.global_step
     write_json(out/"result.json", dict(dataset=name, model=spec, objective=objective, documents=len(rows), steps=steps, loss_before=before,
-                                       loss_after=after, manifest=manifest(began, seed, {name: data}, {spec: weights})))
+                                       loss_after=after, manifest=manifest(seed, {name: data}, {spec: weights})))
+    write_json(out/"cost.json", cost(began))
     print(f"validation loss {before:.3f} -> {after:.3f} nats per token after {steps} steps: {out/'model'}")
 
 # %% ../nbs/api/13_cli.ipynb #13-cli-41
+@app.command()
+def evaluate(
+    model:Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or smollm2-135m.")],
+    task:Annotated[list[str], typer.Option(help="A task of lm-evaluation-harness. May be repeated.")] = ["gsm8k", "ifeval"],
+    out:Annotated[Path, typer.Option(help="Folder for the samples.")] = Path("evaluated"),
+    limit:Annotated[int|None, typer.Option(help="Records of each task; all if not given.")] = None,
+    max_new_tokens:Annotated[int|None, typer.Option(help="Tokens of a response; the task's own number if not given.")] = None,
+    batch_size:Annotated[int, typer.Option(min=1, help="Records at once.")] = 8,
+    data_dir:Annotated[Path|None, typer.Option(envvar="UAT_REPRO_DATA_DIR", help="Folder of your own data.")] = None,
+):
+    "Run benchmarks on a model; scores with intervals, and every sample in a table."
+    from uat_repro.evaluation import benchmark
+    from uat_repro.models import load_model
+    network, tokenizer = load_model(model)
+    samples, left_out = benchmark(_on_gpu(network), tokenizer, task, data_dir, limit, max_new_tokens, batch_size)
+    write_frame(out/"samples.parquet", samples)
+    lines = [[t, m, mean_effect(part, "value", seeds=None, unit="share"), len(part), left_out[t]] for (t, m), part in samples.groupby(["task", "metric"], sort=False)]
+    budget = f"\n\nResponses have at most {max_new_tokens} tokens; IFEval's instructions on length are void below 1280." if max_new_tokens and "ifeval" in task and max_new_tokens < 1280 else ""
+    text = markdown_table(["task", "metric", "score, with 95% interval", "records", "left out"], lines) + budget
+    write_whole(out/"scores.md", text + "\n")
+    print(text)
+
+# %% ../nbs/api/13_cli.ipynb #13-cli-44
 @app.command()
 def cache(
     dataset:Annotated[str, typer.Argument(help="alpaca, gsm8k, gsm_symbolic, sharegpt, or the path of a .json or .jsonl file")],

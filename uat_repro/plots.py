@@ -7,7 +7,7 @@ Docs: https://uat-repro.github.io/uat-repro/api/plots.html.md"""
 # %% auto #0
 __all__ = ['OBJECTIVES', 'LABELS', 'Look', 'look', 'label', 'theme', 'contrast', 'text_colour', 'score_limits', 'score_colours',
            'heatmap_html', 'html_page', 'heatmap_figure', 'plot_correlations', 'plot_gains', 'plot_curves',
-           'plot_tradeoff', 'draw_procedure', 'save_figure']
+           'plot_tradeoff', 'plot_effects', 'plot_posteriors', 'plot_dynamics', 'draw_procedure', 'save_figure']
 
 # %% ../nbs/api/11_plots.ipynb #11-plots-03
 import html, io, math
@@ -43,6 +43,12 @@ OBJECTIVES = dict(
     self_distillation=Look("self-distillation", "#009e73", "v"),
     combined=Look("combined", "#0072b2", "P"),
     mle_kl=Look("MLE + KL", "#56b4e9", "X"),
+    bottom_masked_mle=Look("bottom tokens", "#b59f6f", "8"),
+    rho1=Look("Rho-1", "#8c510a", "p"),
+    stm=Look("STM", "#762a83", "<"),
+    dft=Look("DFT", "#1b7837", ">"),
+    asft=Look("ASFT", "#5aae61", "d"),
+    eaft=Look("EAFT", "#b2182b", "*"),
 )
 
 def look(
@@ -55,7 +61,7 @@ def look(
 LABELS = dict(alpaca="Alpaca", gsm8k="GSM8K", gsm_symbolic="GSM-Symbolic", sharegpt="ShareGPT", one_pass="one pass", repeated="repeated passes",
               id="ID", ood="OOD", best="best checkpoint", last="last checkpoint", initial="initial model",
               loss="predictive loss", entropy="predictive entropy", epistemic="epistemic uncertainty", aleatoric="aleatoric uncertainty",
-              total="total uncertainty", **{"smollm2-135m": "SmolLM2-135M"})
+              total="total uncertainty", **{"smollm2-135m": "SmolLM2-135M", "smollm2-135m-phi3": "SmolLM2-135M as Phi-3", "smollm2-135m-gemma": "SmolLM2-135M as Gemma"})
 
 def label(
     name,  # of a data set, model, regime, checkpoint, role or objective
@@ -457,6 +463,108 @@ def plot_tradeoff(
     return fig
 
 # %% ../nbs/api/11_plots.ipynb #11-plots-58
+_LINES = ("#d55e00", "#e69f00", "#0072b2", "#56b4e9", "#4d4d4d", "#009e73")  # colours that people with any colour vision tell apart
+
+@theme()
+def plot_effects(
+    frame: pd.DataFrame,  # effects: estimate, low, high, the columns `x` and `hue`, and those of `columns`
+    x: str,  # number along the axis
+    hue: str,  # column that makes the lines
+    columns: Iterable[str] = ("trained_on",),  # columns that make the panels
+    xlabel: str = "",  # axis label
+    ylabel: str = "",  # axis label, with its unit
+    reverse: bool = False,  # the axis runs from large to small
+) -> Figure:  # a row of panels
+    "Effects with intervals, as lines."
+    _need(frame, x, hue, "estimate", "low", "high", *columns)
+    (_, across), lines = _facets(frame, (), columns), list(dict.fromkeys(frame[hue]))
+    fig = _figure(max(6.5, .8 + 2.9 * len(across)), 3.1 + .2 * math.ceil(len(lines) / 2), layout="constrained")
+    axes = fig.subplots(1, len(across), squeeze=False)[0]
+    for ax, column in zip(axes, across):
+        for n, line in enumerate(lines):
+            part = _part(frame, (*columns, hue), (*column, line)).sort_values(x)
+            bars = np.abs(part[["low", "high"]].to_numpy().T - part["estimate"].to_numpy())
+            ax.errorbar(part[x], part["estimate"], bars, color=_LINES[n % len(_LINES)], marker="osD^vP"[n % 6], ms=5, mec="white", mew=.4, lw=1.5, elinewidth=.9, capsize=2, label=label(line))
+        ax.axhline(0, color="#333333", lw=.8)
+        ax.set_title("\n".join(map(label, column)), weight="bold")
+        ax.set_xlabel(xlabel)
+        ax.grid(axis="y")
+        if reverse: ax.invert_xaxis()
+    axes[0].set_ylabel(ylabel)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return fig
+
+# %% ../nbs/api/11_plots.ipynb #11-plots-61
+def _draw_posteriors(ax, part: pd.DataFrame, order: list, columns: list[tuple]) -> None:
+    "One panel: estimates of one or several kinds, a line for each posterior."
+    for n, (name, estimate, low, high) in enumerate(columns):
+        for row in part.itertuples():
+            y, pale = order.index(row.posterior) + .17 * (n - (len(columns) - 1) / 2), .3 if row.inflation > row.max_inflation else 1
+            value = getattr(row, estimate)
+            if low: ax.plot([getattr(row, low), getattr(row, high)], [y, y], color=_LINES[2 * n], lw=1.3, alpha=pale)
+            ax.plot(value, y, "os^"[n], color=_LINES[2 * n], ms=5, alpha=pale, mec="white", mew=.4)
+    ax.grid(axis="x")
+    ax.tick_params(axis="y", length=0)
+
+@theme()
+def plot_posteriors(
+    frame: pd.DataFrame,  # a row for each posterior and pair: model, dataset, posterior, pair, estimate, low, high, inflation, max_inflation, spearman, jaccard, chosen
+) -> Figure:  # a row of three panels for each model and data set
+    "Correlations, reliability and inflation of posteriors."
+    _need(frame, "model", "dataset", "posterior", "pair", "estimate", "low", "high", "inflation", "max_inflation", "spearman", "jaccard", "chosen")
+    groups, pairs = list(frame.groupby(["model", "dataset"], sort=False)), list(dict.fromkeys(frame["pair"]))
+    heights = [part["posterior"].nunique() for _, part in groups]
+    fig = _figure(9.5, 1.4 + .26 * sum(heights), layout="constrained")
+    axes = fig.subplots(len(groups), 3, squeeze=False, sharey="row", height_ratios=heights, width_ratios=[2, 1.2, 1])
+    for (key, part), (left, middle, right) in zip(groups, axes):
+        once = part.drop_duplicates("posterior").sort_values("inflation", ascending=False)
+        order = list(once["posterior"])
+        wide = once.drop(columns=["pair", "estimate", "low", "high"])
+        for n, pair in enumerate(pairs): wide = wide.merge(part.loc[part["pair"] == pair, ["posterior", "estimate", "low", "high"]].add_suffix(f"_{n}"), left_on="posterior", right_on=f"posterior_{n}")
+        _draw_posteriors(left, wide, order, [(pair, f"estimate_{n}", f"low_{n}", f"high_{n}") for n, pair in enumerate(pairs)])
+        _draw_posteriors(middle, wide, order, [("rank correlation", "spearman", None, None), ("overlap of top quarters", "jaccard", None, None)])
+        _draw_posteriors(right, wide, order, [("inflation", "inflation", None, None)])
+        right.axvline(part["max_inflation"].iloc[0], color="#333333", lw=.9, ls=":")
+        right.set_xscale("symlog", linthresh=.05)
+        right.set_xticks([x for x in (0, .02, .1, .5, 2) if x <= max(.02, part["inflation"].max() * 1.2)])
+        right.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))
+        right.minorticks_off()
+        left.set_yticks(range(len(order)), order)
+        for text, chosen in zip(left.get_yticklabels(), once["chosen"]): text.set_weight("bold" if chosen else "normal")
+        left.set_title(", ".join(map(label, key)), loc="left", weight="bold")
+        left.axvline(0, color="#333333", lw=.8)
+    for ax, text in zip(axes[-1], ("rank correlation\n" + "\n".join(f"{'●■▲'[n]} {p}" for n, p in enumerate(pairs)), "agreement of halves\n● rank correlation\n■ overlap", "rise of the loss\n(dotted: harmless below)")): ax.set_xlabel(text)
+    return fig
+
+# %% ../nbs/api/11_plots.ipynb #11-plots-64
+@theme()
+def plot_dynamics(
+    frame: pd.DataFrame,  # means: model, trained_on, objective, seed, step, chosen (bool), and the scores
+    scores: Iterable[str],  # columns, one panel each
+) -> Figure:  # a row of panels for each model and data set
+    "Scores of tokens over training: those that the first mask chose (full lines) and the others (dashed)."
+    scores = list(scores)
+    _need(frame, "model", "trained_on", "objective", "seed", "step", "chosen", *scores)
+    (down, _), objectives = _facets(frame, ("model", "trained_on"), ()), _ordered(frame["objective"])
+    fig = _figure(1 + 2.3 * len(scores), .9 + 1.9 * len(down), layout="constrained")
+    axes = fig.subplots(len(down), len(scores), squeeze=False, sharex=True)
+    for (i, row), (j, score) in ((r, c) for r in enumerate(down) for c in enumerate(scores)):
+        ax = axes[i, j]
+        for (objective, chosen), part in _part(frame, ("model", "trained_on"), row).groupby(["objective", "chosen"]):
+            style = dict(color=look(objective).colour, ls="-" if chosen else "--")
+            for _, seed in part.groupby("seed"): ax.plot(seed["step"], seed[score], lw=.7, alpha=.5, **style)
+            mean = part.groupby("step")[score].mean()
+            ax.plot(mean.index, mean, lw=1.8, marker=look(objective).marker, ms=4.5, mec="white", mew=.4, **style)
+        ax.set_ylim(0, None)
+        ax.grid(axis="y")
+        if i == 0: ax.set_title(label(score))
+        if j == 0: ax.set_ylabel("\n".join(map(label, row)) + "\nnats", weight="bold")
+        if i == len(down) - 1: ax.set_xlabel("training step")
+    fig.suptitle("full: tokens that the first mask chose; dashed: the others", size=8.5)
+    _key(fig, objectives)
+    return fig
+
+# %% ../nbs/api/11_plots.ipynb #11-plots-67
 _GREY, _RED, _BLUE, _GREEN = "#f2f2f2", "#fbe6d9", "#dcecf6", "#e3f1ea"
 
 def _box(ax, x: float, y: float, width: float, title: str, text: str, colour: str) -> None:
@@ -470,7 +578,7 @@ def _arrow(ax, *corners: tuple) -> None:
     if len(corners) > 2: ax.plot(*zip(*corners[:-1]), color="#4d4d4d", lw=1, solid_joinstyle="round")
     ax.add_patch(FancyArrowPatch(*corners[-2:], arrowstyle="-|>", mutation_scale=9, lw=1, color="#4d4d4d", shrinkA=0, shrinkB=0))
 
-# %% ../nbs/api/11_plots.ipynb #11-plots-60
+# %% ../nbs/api/11_plots.ipynb #11-plots-69
 def _training_lane(ax, y: float, metric: str, keep: float, granularity: str) -> None:
     "From the current model to the likelihood of what the mask keeps."
     group, name, symbols = "R", "mle", dict(loss=r"$\ell_t = -\log\,p_\theta(y_t)$", entropy=r"$h_t = H[p_\theta]$", random="anew at each step")
@@ -484,7 +592,7 @@ def _training_lane(ax, y: float, metric: str, keep: float, granularity: str) -> 
     _box(ax, 63, y, 19, "Masked likelihood" if keep < 1 else "Maximum likelihood",
          rf"$L_{{{name}}} = -\dfrac{{1}}{{|{group}|}}\sum_{{t \in {group}}} \log\,p_\theta(y_t)$", _RED)
 
-# %% ../nbs/api/11_plots.ipynb #11-plots-61
+# %% ../nbs/api/11_plots.ipynb #11-plots-70
 def _distilling_lane(ax, y: float, temperature: float, rest: bool) -> None:
     "From the initial model to the divergence of the current model from it."
     _box(ax, 15.5, y, 12, "Initial model", r"$p_{\theta_0}$, frozen", _BLUE)
@@ -506,7 +614,7 @@ def _loss(ax, upper: float | None, lower: float | None, weight: float, masks: bo
     _arrow(ax, (92.7, 27.5), (92.7, 37), (21.5, 37), (21.5, (30 if both or upper is None else 23.5) + 4))
     ax.text(57, 37.6, "gradient step" + "; the next batch is scored by the changed model" * masks, ha="center", size=8.5, style="italic")
 
-# %% ../nbs/api/11_plots.ipynb #11-plots-63
+# %% ../nbs/api/11_plots.ipynb #11-plots-72
 def _strip(fig: Figure, tokens: pd.DataFrame, pieces: list, lines: int, metric: str, keep: float, width: int) -> None:
     "A response on the colours of its scores."
     scores, mask = tokens["score"].to_numpy(float), tokens["selected"].to_numpy(bool) & (0 < keep < 1)
@@ -517,7 +625,7 @@ def _strip(fig: Figure, tokens: pd.DataFrame, pieces: list, lines: int, metric: 
     (ax := place(.1, .2 * lines)).set(xlim=(0, width), ylim=(lines, 0))
     _draw_tokens(ax, pieces, score_colours(scores, ends), mask, 9.8 * 72 / width / .602)
 
-# %% ../nbs/api/11_plots.ipynb #11-plots-64
+# %% ../nbs/api/11_plots.ipynb #11-plots-73
 @theme()
 def draw_procedure(
     tokens: pd.DataFrame,  # a response: token, score (nats), selected (bool)
@@ -551,7 +659,7 @@ def draw_procedure(
     _strip(fig, tokens, pieces, lines, metric, keep, width)
     return fig
 
-# %% ../nbs/api/11_plots.ipynb #11-plots-71
+# %% ../nbs/api/11_plots.ipynb #11-plots-80
 def save_figure(
     fig: Figure,  # the picture
     path: str | Path,  # where it goes, ending in .png; the numbers go beside it as .csv
