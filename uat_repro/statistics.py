@@ -6,9 +6,9 @@ Docs: https://uat-repro.github.io/uat-repro/api/statistics.html.md"""
 
 # %% auto #0
 __all__ = ['RUN', 'SETTING', 'MIN_RECORDS', 'STANDINGS', 'VERDICTS', 'TESTS', 'ENOUGH', 'Effect', 'Interval', 'cluster_bootstrap',
-           'paired_effect', 'mean_effect', 'correlation', 'jaccard', 'chance_jaccard', 'overlap_effect', 'curriculum',
-           'read_runs', 'read_about', 'read_estimates', 'gains', 'effects_frame', 'Measure', 'Claim', 'standing',
-           'verdict', 'read_claims', 'measure_claim', 'claim_rows', 'correct', 'judge', 'markdown_table',
+           't_test', 'paired_effect', 'mean_effect', 'correlation', 'jaccard', 'chance_jaccard', 'overlap_effect',
+           'curriculum', 'read_runs', 'read_about', 'read_estimates', 'gains', 'effects_frame', 'Measure', 'Claim',
+           'standing', 'verdict', 'read_claims', 'measure_claim', 'claim_rows', 'correct', 'judge', 'markdown_table',
            'claims_table', 'write_whole', 'write_claims', 'compare_claims', 'sample_note']
 
 # %% ../nbs/api/10_statistics.ipynb #10-statistics-03
@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd, yaml
-from scipy.stats import DegenerateDataWarning, bootstrap, norm
+from scipy.stats import DegenerateDataWarning, bootstrap, norm, t as student_t
 
 # %% ../nbs/api/10_statistics.ipynb #10-statistics-05
 @dataclass(frozen=True)
@@ -40,10 +40,12 @@ class Effect:
     error: float = math.nan  # standard error, from the bootstrap
     size: float = math.nan  # Cohen's d of paired differences: mean over standard deviation
 
-    @property
-    def detectable(self) -> float:
-        "The smallest true distance from `null` that such a design finds four times out of five."
-        return (norm.ppf((1 + self.level) / 2) + norm.ppf(.8)) * self.error
+    def detectable(
+        self,
+        among: int = 1,  # effects that are judged together
+    ) -> float:  # in the unit of the estimate
+        "The smallest true distance from `null` that such a design finds four times out of five, if it has to stand out by itself."
+        return (norm.ppf(1 - (1 - self.level) / 2 / among) + norm.ppf(.8)) * self.error
 
     def __str__(self) -> str:
         width = self.high - self.low
@@ -56,7 +58,6 @@ class Interval(NamedTuple):
     "What the draws of a bootstrap say of a statistic."
     low: float  # lower end of the interval
     high: float  # upper end
-    p: float  # two-sided p value of `null`; never below 2 / (resamples + 1)
     error: float  # standard error
 
 def cluster_bootstrap(
@@ -66,17 +67,23 @@ def cluster_bootstrap(
     resamples: int = 4000,  # how often the records are drawn anew
     seed: int = 0,  # of the draws, so that an interval can be printed twice
     vectorized: bool = True,  # whether `statistic` takes many resamples at once
-    null: float = 0.0,  # the value that the p value is of
 ) -> Interval:  # NaN below two records
     "Percentile bootstrap of a statistic of records (Efron 1979), by `scipy.stats.bootstrap`."
-    if clusters < 2: return Interval(math.nan, math.nan, math.nan, math.nan)
+    if clusters < 2: return Interval(math.nan, math.nan, math.nan)
     function = (lambda i, axis: statistic(i)) if vectorized else statistic
     with warnings.catch_warnings(action="ignore", category=DegenerateDataWarning):  # a constant statistic has an interval of no width
         found = bootstrap((np.arange(clusters),), function, n_resamples=resamples, batch=500 if vectorized else None, vectorized=vectorized,
                           confidence_level=level, method="percentile", rng=np.random.default_rng(seed))
-    draws = found.bootstrap_distribution
-    p = 2 * (1 + min((draws <= null).sum(), (draws >= null).sum())) / (1 + len(draws))
-    return Interval(*map(float, found.confidence_interval), min(1.0, float(p)), float(found.standard_error))
+    return Interval(*map(float, found.confidence_interval), float(found.standard_error))
+
+def t_test(
+    estimate: float,  # from `records` records
+    null: float,  # the value that would say "nothing"
+    error: float,  # standard error of the estimate
+    records: int,  # number of records
+) -> float:  # NaN below two records, or where nothing varies
+    "Two-sided p value of an estimate so far from `null` (Student's t)."
+    return float(2 * student_t.sf(abs(estimate - null) / error, records - 1)) if records > 1 and error > 0 else math.nan
 
 # %% ../nbs/api/10_statistics.ipynb #10-statistics-15
 def _differences(
@@ -111,8 +118,8 @@ def paired_effect(
     each = gaps.groupby(level=records).mean().to_numpy()
     per_seed = tuple(map(float, gaps.groupby(level=seeds).mean())) if seeds else ()
     found, spread = cluster_bootstrap(lambda i: each[i].mean(-1), len(each), level), each.std(ddof=1) if len(each) > 1 else 0
-    size = float(each.mean() / spread) if spread else math.nan
-    return Effect(float(each.mean()), found.low, found.high, level, len(per_seed), len(each), per_seed, unit, 0.0, found.p, found.error, size)
+    size, p = float(each.mean() / spread) if spread else math.nan, t_test(each.mean(), 0.0, spread / len(each)**.5, len(each))
+    return Effect(float(each.mean()), found.low, found.high, level, len(per_seed), len(each), per_seed, unit, 0.0, p, found.error, size)
 
 # %% ../nbs/api/10_statistics.ipynb #10-statistics-17
 def mean_effect(
@@ -157,8 +164,8 @@ def correlation(
     record, names = pd.factorize(frame[cluster])
     groups = np.stack([np.unique(frame[c].to_numpy(), return_inverse=True)[1] for c in columns])
     rho = lambda i: _rank_correlation(groups, np.bincount(i, minlength=len(names))[record])
-    found = cluster_bootstrap(rho, len(names), level, resamples, vectorized=False, null=null)
-    return Effect(rho(np.arange(len(names))) if len(frame) > 2 else math.nan, found.low, found.high, level, 0, len(names), (), "Spearman", null, found.p, found.error)
+    found, whole = cluster_bootstrap(rho, len(names), level, resamples, vectorized=False), rho(np.arange(len(names))) if len(frame) > 2 else math.nan
+    return Effect(whole, found.low, found.high, level, 0, len(names), (), "Spearman", null, t_test(whole, null, found.error, len(names)), found.error)
 
 # %% ../nbs/api/10_statistics.ipynb #10-statistics-34
 def jaccard(
@@ -192,8 +199,8 @@ def overlap_effect(
     inter, union = both.groupby(frame[records]).sum().to_numpy().T
     per_seed = both.groupby(frame[seeds]).sum() if seeds else both.iloc[:0]
     ratio = lambda i: inter[i].sum(-1) / np.maximum(1, union[i].sum(-1))
-    found, each = cluster_bootstrap(ratio, len(inter), level, null=null), tuple(map(float, per_seed.inter / per_seed.union))
-    return Effect(float(ratio(np.arange(len(inter)))), found.low, found.high, level, len(each), len(inter), each, "Jaccard", null, found.p, found.error)
+    found, each, whole = cluster_bootstrap(ratio, len(inter), level), tuple(map(float, per_seed.inter / per_seed.union)), float(ratio(np.arange(len(inter))))
+    return Effect(whole, found.low, found.high, level, len(each), len(inter), each, "Jaccard", null, t_test(whole, null, found.error, len(inter)), found.error)
 
 # %% ../nbs/api/10_statistics.ipynb #10-statistics-40
 def _ends(
@@ -358,6 +365,7 @@ def _measure(entry: Mapping) -> Measure:
     "A measure from its entry: `expect` is `> 0` or `< 0.8`, what is not named here is for the test."
     side, threshold = entry["expect"].split()
     how = {k: v for k, v in entry.items() if k not in ("name", "test", "expect")}
+    if entry["test"] in ("gain", "change") and float(threshold): raise ValueError(f"{entry['name']!r} expects {entry['expect']}: a {entry['test']} is compared with 0; write > 0 or < 0")
     return Measure(entry["name"], {">": 1, "<": -1}[side], float(threshold), entry["test"], how)
 
 def read_claims(
@@ -397,6 +405,7 @@ def claim_rows(
     claim: Claim,  # the claim
     settings: Mapping[str, tuple[Effect, ...]],  # for each setting an effect for each measure of the claim
     corrected: Mapping[tuple[str, int], float] = {},  # p value of each setting and measure, corrected; 0 where there is none
+    among: int = 1,  # effects that they are corrected for
 ) -> list[dict]:  # a row for each setting and measure, ready for JSON
     "Judge a claim: its rows, with the standing of each effect and setting and the verdict on the whole."
     for name, effects in settings.items():
@@ -407,7 +416,7 @@ def claim_rows(
     whole = {name: min(found, key=STANDINGS.index) for name, found in each.items()}
     about = dict(id=claim.id, text=claim.text, where=claim.where, assumed=list(claim.assumed), control=claim.control, verdict=verdict(whole.values()))
     row = lambda m, name=None, effect=None, stands=None, p=None: dict(
-        about, measure=m.name, expected=m.expected, threshold=m.threshold, setting=name, effect=effect and dict(asdict(effect), detectable=effect.detectable),
+        about, measure=m.name, expected=m.expected, threshold=m.threshold, setting=name, effect=effect and dict(asdict(effect), detectable=effect.detectable(among)),
         p=p, standing=stands, holds=whole.get(name))
     rows = [row(m, name, e, s, p(name, k)) for name, effects in settings.items() for k, (m, e, s) in enumerate(zip(claim.measures, effects, each[name]))]
     return rows or [row(m) for m in claim.measures]
@@ -434,7 +443,8 @@ def judge(
         for setting, effects in settings.items():
             for k, e in enumerate(effects): families.setdefault((c.family, c.control), {})[c.id, setting, k] = e
     for effects in families.values(): corrected |= correct(effects)
-    return [row for c, settings in found for row in claim_rows(c, settings, {(s, k): p for (i, s, k), p in corrected.items() if i == c.id})]
+    own = lambda c: ({(s, k): p for (i, s, k), p in corrected.items() if i == c.id}, len(families.get((c.family, c.control), ())) or 1)
+    return [row for c, settings in found for row in claim_rows(c, settings, *own(c))]
 
 # %% ../nbs/api/10_statistics.ipynb #10-statistics-82
 def markdown_table(
@@ -480,8 +490,8 @@ def _short_table(rows: list[dict]) -> str:
 def _long_line(row: dict) -> list:
     "Line of the long table: one effect of one setting."
     seeds = " ".join(f"{s:.3f}" for s in row["effect"]["per_seed"]) or "-"
-    effect = _effect(row)
-    return [row["id"], row["setting"], row["measure"], effect, seeds, effect.records, *(f"{x:.2g}" if math.isfinite(x) else "-" for x in (row["p"], effect.size, effect.detectable)), row["standing"]]
+    effect, numbers = _effect(row), (row["p"], row["effect"]["size"], row["effect"]["detectable"])
+    return [row["id"], row["setting"], row["measure"], effect, seeds, effect.records, *("-" if x is None or math.isnan(x) else f"{x:.2g}" for x in numbers), row["standing"]]
 
 # %% ../nbs/api/10_statistics.ipynb #10-statistics-84
 def claims_table(
@@ -499,7 +509,7 @@ def claims_table(
 _RULE = f"""*A setting stands for a claim if the whole interval (over held-out records) and every seed lie on the expected side, against it if the whole
 interval lies on the other side (both with p at most 0.05, corrected by Holm for all effects of the family), and is open otherwise. Reproduced: all settings stand for it; partly: some; not reproduced: none. Effects of a single
 seed or of fewer than {MIN_RECORDS} records are not judged. The interval does not cover the draw of training documents. d: mean over standard deviation of the records' differences. Detectable: the smallest
-true effect that such a design finds four times out of five.*"""
+true effect that such a design, with the correction for the whole family, finds four times out of five, before any seed has had its veto.*"""
 
 # %% ../nbs/api/10_statistics.ipynb #10-statistics-87
 def write_whole(
