@@ -23,11 +23,11 @@ def folder(tmp_path, monkeypatch):
 
 def test_prompts_that_cannot_be_judged_are_left_out_and_counted(folder):
     samples, left_out = benchmark(tiny_model(), tiny_tokenizer(), ["ifeval"], folder, max_new_tokens=2)
-    assert left_out == {"ifeval": 1} and set(samples["record"]) == {"0", "1"}
+    assert left_out == {"ifeval": 1} and set(samples["record"]) == {"ifeval/0", "ifeval/1"}
     value = samples.set_index(["record", "metric"])["value"]
-    said = samples.set_index(["record", "metric"])["response"]["0", "prompt_level_strict_acc"]
-    assert value["0", "prompt_level_strict_acc"] == float("," not in said and said.strip() != "")
-    assert value["1", "prompt_level_strict_acc"] == 0 and 0 <= value["1", "inst_level_strict_acc"] <= .5
+    said = samples.set_index(["record", "metric"])["response"]["ifeval/0", "prompt_level_strict_acc"]
+    assert value["ifeval/0", "prompt_level_strict_acc"] == float("," not in said and said.strip() != "")
+    assert value["ifeval/1", "prompt_level_strict_acc"] == 0 and 0 <= value["ifeval/1", "inst_level_strict_acc"] <= .5
 
 
 def test_a_missing_package_is_named(monkeypatch):

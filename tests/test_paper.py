@@ -44,6 +44,13 @@ def folders(tmp_path_factory):
     return made
 
 
+def test_data_sets_are_large_enough():
+    "For the search, every seed and the reference of Rho-1, after a tenth each for validation and what is too long."
+    needed = PROFILE["prepare"]["counts"]["train"]
+    assert needed < .88 * min(dict(alpaca=52_002, gsm8k=7_473, sharegpt=90_000).values())
+    assert needed >= (2 + max(PROFILE["seeds"]) + 1) * max(r["documents"] for r in PROFILE["regimes"].values())
+
+
 def test_models_are_pinned():
     assert all(len(m["spec"].partition("@")[2]) == 40 for m in PROFILE["models"].values())
 
@@ -58,8 +65,9 @@ def test_head_scores_and_samples_are_the_models_own(folders, name):
         ours = head_of(model).logits(predicting_states(hidden_states(model, batch), valid))
         plain = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1][valid[:, 1:]]
     torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
-    u = MCDropout(**{k: v for k, v in PROFILE["train"]["posterior"].items()}, samples=4)(model, batch)
-    assert (u.epistemic[valid] > 0).all()
+    for candidate in PROFILE["uncertainty"]["candidates"]:
+        u = MCDropout(**candidate, samples=4)(model, batch)
+        assert (u.epistemic[valid] > 0).all()
 
 
 @pytest.mark.parametrize("name", STAND_INS)
@@ -92,8 +100,10 @@ def test_a_run_of_the_profile_through_its_notebooks(folders, tmp_path):
        model="llama-3.2-1b", dataset="gsm8k", data_dir=str(tmp_path / "data"), out="prepared")
     run = dict(model="llama-3.2-1b", dataset="gsm8k", regime="one_pass", objective="combined")
     small = dict(documents=4, batch_size=4, micro_batch=2, learning_rates=[1e-3], evaluate_records=4, seeds=[0, 1], samples=4, benchmarks=dict(tasks=["gsm8k"], limit=2, max_new_tokens=4))
-    go("11_train", **{**parameters(PROFILE, "train", **run), **small}, prepared=dict(gsm8k="prepared"), dataset="gsm8k", regime="one_pass", objective="combined", data_dir=str(tmp_path / "data"), out="run")
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    go("11_train", **{**parameters(PROFILE, "train", **run), **small}, prepared=dict(gsm8k="prepared"), dataset="gsm8k", regime="one_pass", objective="combined", data_dir=str(tmp_path / "data"), out="train/run")
+    result = json.loads((tmp_path / "train" / "run" / "result.json").read_text())
     assert result["settings"]["distill_weight"] == 1 and result["layer"] == 0 and result["seeds"] == [0, 1]
-    found = pd.read_parquet(tmp_path / "run" / "benchmarks.parquet")
+    found = pd.read_parquet(tmp_path / "train" / "run" / "benchmarks.parquet")
     assert set(found.checkpoint) == {"initial", "last"} and set(found.task) == {"gsm8k"}
+    papermill.execute_notebook(ROOT / "nbs" / "figures" / "33_t1.ipynb", None, dict(results=".", out="figures"), kernel_name="python3", progress_bar=False, cwd=tmp_path)
+    assert "| llama-3.2-1b | GSM8K | one pass | combined | gsm8k | exact_match, strict-match | ID | 0.00 [0.00, 0.00] | 0 |" in (tmp_path / "figures" / "t1.md").read_text()

@@ -105,6 +105,12 @@ def test_goes_on_after_a_kill(nbs, profile, tmp_path, capfd):
     assert "train" in said and "prepare" not in said, "finished runs are kept"
 
 
+def test_slurm_gives_every_experiment_a_gpu():
+    import yaml
+    asked = yaml.safe_load((ROOT / "uat_repro" / "workflow" / "profiles" / "slurm" / "config.yaml").read_text())["set-resources"]
+    assert set(asked) == set(FOLDERS) and all(r["gpu"] == 1 for r in asked.values())
+
+
 def test_slurm_profile_parses(nbs, profile, tmp_path):
     work = tmp_path / "results"
     claim_folder(work, load_profile(profile()))
@@ -117,6 +123,7 @@ def test_profiles_fit_the_notebooks(name, tmp_path):
     claim_folder(tmp_path / "results", p)
     runs = plan(snakemake_command(tmp_path / "results", ROOT / "nbs"))
     assert len(runs) == len(result_files(p)) + len(figures(p))
+    assert all(p["posteriors"][k] == p["uncertainty"][k] for k in ("candidates", "samples")), "E9 shows what the rule chose from"
     assert {f"figures/{n.stem}" for n in (ROOT / "nbs" / "figures").glob("[0-9]*.ipynb")} == {f.notebook for f in figures(p).values()}, "every figure is drawn"
 
 
@@ -124,9 +131,9 @@ def test_figures_come_as_soon_as_they_can():
     "Figures 1, 2A and 2B wait for no training run, and have priority over all of them."
     text = (ROOT / "uat_repro" / "workflow" / "Snakefile").read_text()
     rules = {m[1]: int(m[2]) for m in re.finditer(r"\n *rule (\w+):.*?priority: (\d+)", text, re.S)}
-    estimates = {m[1]: int(m[2]) for m in re.finditer(r'"(\w+)": \("experiments.*?, (\d+)\)', text)}
+    estimates = {m[1]: int(m[2]) for m in re.finditer(r'"(\w+)": \("experiments.*, (\d+)\)', text)}
     figure = int(re.findall(r"priority: (\d+)", text)[-1])
-    assert figure > estimates["uncertainty"] > rules["prepare"] > estimates["posteriors"] > rules["train"] > estimates["why"]
+    assert figure > estimates["uncertainty"] > rules["prepare"] > max(estimates["posteriors"], estimates["subsets"], estimates["why"]) > rules["train"]
 
 
 def test_digest_of_real_notebooks_follows_the_library():
@@ -168,4 +175,7 @@ def test_the_same_run_leaves_the_same_files_bit_for_bit(tmp_path):
     go("00_prepare", "prepared", counts=dict(train=24, validation=4, test=4), max_length=448)
     prepared = str(tmp_path / "a" / "prepared")
     go("10_uncertainty", "uncertainty", prepared=prepared)
-    go("11_train", "train", prepared={"gsm_symbolic": prepared}, objective="random_masked_mle", seeds=[0, 1])
+    go("11_train", "train", prepared={"gsm_symbolic": prepared}, uncertainty=str(tmp_path / "a" / "uncertainty"), objective="random_masked_mle", seeds=[0, 1])
+    go("12_posteriors", "posteriors", prepared=prepared, more=[])
+    go("13_subsets", "subsets", prepared=prepared, uncertainty=str(tmp_path / "a" / "uncertainty"), seeds=[0])
+    go("why_masking", "why", prepared=prepared, seeds=[0, 1])

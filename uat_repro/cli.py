@@ -63,6 +63,7 @@ def reproduce(
 @app.command()
 def claims(
     workdir:Annotated[Path, typer.Argument(help="Folder of results.")] = Path("results"),
+    data_dir:Annotated[Path|None, typer.Option(envvar="UAT_REPRO_DATA_DIR", help="Folder of your own data that they were made with.")] = None,
 ):
     "Print the table of claims; the exit status is 1 where a result is missing or older than the code that makes it."
     table, config = workdir/"claims.md", workdir/"profile.json"
@@ -71,7 +72,7 @@ def claims(
     profile = json.loads(config.read_text(encoding="utf-8")) if config.exists() else None
     if missing := [f for f in result_files(profile) if not (workdir/f).exists()] if profile else []:
         raise FileNotFoundError(f"{len(missing)} results are missing, the first of them {missing[0]}: run `uat-repro reproduce` again")
-    stale = plan(snakemake_command(workdir, notebooks_folder(), ["claims"], data_dir=os.environ.get("UAT_REPRO_DATA_DIR"))) if profile else []
+    stale = plan(snakemake_command(workdir, notebooks_folder(), data_dir=data_dir)) if profile else []
     if stale: raise ValueError(f"{len(stale)} results are older than the code or the data that they rest on, the first of them {stale[0]}: run `uat-repro reproduce` again")
 
 # %% ../nbs/api/13_cli.ipynb #13-cli-15

@@ -139,14 +139,14 @@ def _graded(record:Mapping, response:str)->dict:
 
 # %% ../nbs/api/09_evaluation.ipynb #09-evaluation-25
 LOCAL_TASKS = {"gsm8k": dict(train="gsm8k_train.jsonl", test="gsm8k_test.jsonl"), "ifeval": dict(train="ifeval.jsonl")} # task of the harness -> files of a data folder
-ROLES = {"gsm8k": ("gsm8k", "gsm_symbolic"), "ifeval": ("alpaca", "sharegpt")} # task -> training sets of its kind
+ROLES = {"gsm8k": ("gsm_symbolic",), "gsm_symbolic": ("gsm8k",), "ifeval": ("alpaca", "sharegpt")} # task or data set -> other training sets of its kind
 
 def role_of(
-    task:str, # of the harness
+    task:str, # of the harness, or the name of a data set
     trained_on:str, # name of a data set
 )->str: # "id" or "ood"
-    "Whether a benchmark is in distribution for a model."
-    return "id" if trained_on in ROLES.get(task, ()) else "ood"
+    "Whether a benchmark or a data set is in distribution for a model."
+    return "id" if trained_on in (task, *ROLES.get(task, ())) else "ood"
 
 # %% ../nbs/api/09_evaluation.ipynb #09-evaluation-27
 NEED_PUNKT = ("length_constraints:number_sentences", "change_case:capital_word_frequency") # instructions of IFEval
@@ -162,6 +162,10 @@ def _usable(task:str, source:Path, target:Path)->int:
     fine = [l for l in lines if task != "ifeval" or _has_punkt() or not set(json.loads(l)["instruction_id_list"]) & set(NEED_PUNKT)]
     target.write_text("\n".join(fine) + "\n", encoding="utf-8")
     return len(lines) - len(fine)
+
+def _task_of(name:str, tasks:Sequence[str])->str:
+    "The task that was asked for, from the name of one of its parts (`mmlu_anatomy`) or of its local copy."
+    return max((t for t in tasks if name == t or name.startswith(f"{t}_")), key=len)
 
 def _local(task:str, data_dir:Path, folder:Path)->int|None:
     "Write a task file `<task>_local.yaml` over local records; how many are left out, None where the data folder lacks a file."
@@ -179,7 +183,7 @@ def benchmark(
     tokenizer, # with a chat template
     tasks:Sequence[str]=("gsm8k", "ifeval"), # of lm-evaluation-harness
     data_dir:str|Path|None=None, # where the files of `LOCAL_TASKS` are; the hub is asked for all that is not there
-    limit:int|None=None, # records of each task, all if None
+    limit:int|None=None, # records of each task, or of each of its parts where it has some (MMLU has 57); all if None
     max_new_tokens:int|None=None, # of a response; the task's own if None. IFEval wants 1280, and instructions on length are void below
     batch_size:int=8, # records at once
 )->tuple[pd.DataFrame, dict]: # task, record, metric, value, response; for each task how many records were left out
@@ -194,6 +198,6 @@ def benchmark(
         found = simple_evaluate(
             network, tasks=[t if left_out[t] is None else f"{t}_local" for t in tasks], task_manager=TaskManager(include_path=folder), num_fewshot=0, limit=limit,
             apply_chat_template=True, bootstrap_iters=0, gen_kwargs=dict(max_gen_toks=max_new_tokens) if max_new_tokens else None)
-    rows = [dict(task=name.removesuffix("_local"), record=str(s["doc_id"]), metric=m if s["filter"] == "none" else f"{m}, {s['filter']}", value=float(torch.tensor(s[m], dtype=torch.float32).mean()),
+    rows = [dict(task=_task_of(name, tasks), record=f"{name.removesuffix('_local')}/{s['doc_id']}", metric=m if s["filter"] == "none" else f"{m}, {s['filter']}", value=float(torch.tensor(s[m], dtype=torch.float32).mean()),
                  response=str(s["filtered_resps"][0])) for name, samples in found["samples"].items() for s in samples for m in s["metrics"]]
     return pd.DataFrame(rows), {t: n or 0 for t, n in left_out.items()}

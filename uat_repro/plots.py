@@ -61,7 +61,7 @@ def look(
 LABELS = dict(alpaca="Alpaca", gsm8k="GSM8K", gsm_symbolic="GSM-Symbolic", sharegpt="ShareGPT", one_pass="one pass", repeated="repeated passes",
               id="ID", ood="OOD", best="best checkpoint", last="last checkpoint", initial="initial model",
               loss="predictive loss", entropy="predictive entropy", epistemic="epistemic uncertainty", aleatoric="aleatoric uncertainty",
-              total="total uncertainty", **{"smollm2-135m": "SmolLM2-135M", "smollm2-135m-phi3": "SmolLM2-135M as Phi-3", "smollm2-135m-gemma": "SmolLM2-135M as Gemma"})
+              total="total uncertainty", selected="in the mask of the step", **{"smollm2-135m": "SmolLM2-135M", "smollm2-135m-phi3": "SmolLM2-135M as Phi-3", "smollm2-135m-gemma": "SmolLM2-135M as Gemma"})
 
 def label(
     name,  # of a data set, model, regime, checkpoint, role or objective
@@ -557,8 +557,8 @@ def plot_dynamics(
             ax.plot(mean.index, mean, lw=1.8, marker=look(objective).marker, ms=4.5, mec="white", mew=.4, **style)
         ax.set_ylim(0, None)
         ax.grid(axis="y")
-        if i == 0: ax.set_title(label(score))
-        if j == 0: ax.set_ylabel("\n".join(map(label, row)) + "\nnats", weight="bold")
+        if i == 0: ax.set_title(f"{label(score)} ({'share' if score == 'selected' else 'nats'})")
+        if j == 0: ax.set_ylabel("\n".join(map(label, row)), weight="bold")
         if i == len(down) - 1: ax.set_xlabel("training step")
     fig.suptitle("full: tokens that the first mask chose; dashed: the others", size=8.5)
     _key(fig, objectives)

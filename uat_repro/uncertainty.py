@@ -6,7 +6,7 @@ Docs: https://uat-repro.github.io/uat-repro/api/uncertainty.html.md"""
 
 # %% auto #0
 __all__ = ['SITES', 'Decomposition', 'decompose', 'Reliability', 'TokenUncertainty', 'pool', 'dropout_at', 'MCDropout',
-           'Ensemble']
+           'Ensemble', 'choose_posterior']
 
 # %% ../nbs/api/04_uncertainty.ipynb #04-uncertainty-03
 import math
@@ -213,3 +213,14 @@ class Ensemble:
         states = torch.stack([hidden_states(m, batch) for m in self.models])
         heads = tuple(head_of(m) for m in self.models)
         return _summarise(model, batch, states, _Heads(heads[0].weight, heads))
+
+# %% ../nbs/api/04_uncertainty.ipynb #04-uncertainty-38
+def choose_posterior(
+    estimates:Sequence[TokenUncertainty], # of the same tokens under each posterior, from as many samples each
+    max_inflation:float=0.02, # what is harmless
+)->int: # number of the posterior
+    "The most reliable of the harmless posteriors, by rank correlation of halves; the least harmful if none is harmless."
+    if len(sizes := {u.samples for u in estimates}) > 1: raise ValueError(f"posteriors of {', '.join(map(str, sorted(sizes)))} samples cannot be compared: reliability rises with their number; use the same for all")
+    inflation, reliability = [u.inflation() for u in estimates], [u.reliability().spearman for u in estimates]
+    harmless = [n for n, x in enumerate(inflation) if x <= max_inflation]
+    return max(harmless, key=reliability.__getitem__) if harmless else min(range(len(inflation)), key=inflation.__getitem__)

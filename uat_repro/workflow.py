@@ -141,8 +141,8 @@ def _check_profile(profile:dict, name:str)->None:
     if missing := set(SECTIONS) - set(profile): raise ValueError(f"profile {name} lacks the section {min(missing)!r}: add it")
     for axis, values in (pair for block in profile["grid"] for pair in block.items()):
         if axis not in AXES.values(): raise ValueError(f"the grid of profile {name} has {axis!r}: {nearest(axis, AXES.values())}")
-        for v in (v for v in values if v not in profile[axis]):
-            raise ValueError(f"the grid of profile {name} has {v!r} in {axis}: {nearest(str(v), map(str, profile[axis]))}")
+        known = [*profile[axis], *(profile["datasets_if_available"] if axis == "datasets" else ())]
+        for v in (v for v in values if v not in known): raise ValueError(f"the grid of profile {name} has {v!r} in {axis}: {nearest(str(v), map(str, known))}")
 
 # %% ../nbs/api/12_workflow.ipynb #12-workflow-25
 def in_folder(
@@ -153,9 +153,10 @@ def in_folder(
     return bool(data_dir) and any(p.suffix in (".json", ".jsonl") for p in Path(data_dir).glob(f"{dataset}*"))
 
 def _sections(path:Path)->dict:
-    "The sections of a profile; with those of another one, its `base`, where it has none of its own."
+    "The sections of a profile; with the settings of another one, its `base`, where it has none of its own."
     own = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    return own if "base" not in own else {**_sections(path.with_stem(own.pop("base"))), **own}
+    base = _sections(path.with_stem(own.pop("base"))) if "base" in own else {}
+    return {**base, **{k: {**base[k], **v} if k in base and isinstance(v, dict) else v for k, v in own.items()}}
 
 def load_profile(
     name:str="cpu", # a profile of this package, or the path of a `.yaml` file
@@ -165,8 +166,8 @@ def load_profile(
     path, known = Path(name) if Path(name).suffix in (".yaml", ".yml") else FLOW/f"{name}.yaml", sorted(p.stem for p in FLOW.glob("*.yaml"))
     if not path.exists(): raise ValueError(f"there is no profile {name!r}: {nearest(name, known)}, or the path of a .yaml file")
     profile = {**OPTIONAL, **_sections(path)}
+    _check_profile(profile, path.stem)
     more = [d for d in profile.pop("datasets_if_available") if in_folder(d, data_dir)]
-    _check_profile(dict(profile, datasets_if_available=more), path.stem)
     return dict(profile, datasets=profile["datasets"] + more, profile=path.stem)
 
 # %% ../nbs/api/12_workflow.ipynb #12-workflow-29
@@ -238,7 +239,7 @@ class Figure(NamedTuple):
 _FIGURES = dict( # name -> notebook, experiments that it reads, endings of its files
     fig1=("20_fig1", ["uncertainty"], "png csv"), fig2a=("21_fig2a", ["uncertainty"], "png html csv"), fig2b=("22_fig2b", ["uncertainty"], "png csv"),
     fig2c=("26_fig2c", ["subsets"], "png csv"), fig3=("23_fig3", ["train"], "png csv"), fig4=("24_fig4", ["train"], "png html csv"), fig5=("25_fig5", ["train"], "png csv"),
-    e6=("23_fig3", ["train"], "png csv"), e7=("25_fig5", ["train"], "png csv"), e8=("28_e8", ["train"], "png csv"), e9=("30_e9", ["posteriors"], "png csv"),
+    e6=("23_fig3", ["train"], "png csv"), e7=("25_fig5", ["train"], "png csv"), e8=("28_e8", ["train"], "png csv"), e9=("30_e9", ["posteriors", "uncertainty"], "png csv"),
     e10=("31_e10", ["train"], "png csv"), e11=("21_fig2a", ["uncertainty"], "png html csv"), e12=("32_e12", ["train"], "png csv"), t1=("33_t1", ["train"], "md csv"),
     claims=("29_claims", ["uncertainty", "train"], "md json"))
 
