@@ -12,7 +12,7 @@ from uat_repro.workflow import FOLDERS, claim_folder, code_digest, figures, grid
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_FILES = ["curve.parquet", "records.parquet", "log.parquet", "tokens.parquet", "search.parquet", "result.json"]
 FILES = {"00_prepare": ["result.json"], "10_uncertainty": ["tokens.parquet", "result.json"], "11_train": TRAIN_FILES, "29_claims": ["claims.md", "claims.json"],
-         **{f"{stem}": [f"{stem.partition('_')[2]}.parquet", "result.json"] for stem in ("12_posteriors", "13_subsets")}, "why_masking": ["why.parquet", "result.json"]}
+         **{f"{stem}": [f"{stem.partition('_')[2]}.parquet", "result.json"] for stem in ("12_posteriors", "13_subsets")}, **{stem: [f"{stem}.parquet", "result.json"] for stem in ("why_masking", "why_curriculum")}}
 PYTHON = dict(kernelspec=dict(name="python3", language="python", display_name="python3"))
 
 
@@ -130,10 +130,10 @@ def test_profiles_fit_the_notebooks(name, tmp_path):
 def test_figures_come_as_soon_as_they_can():
     "Figures 1, 2A and 2B wait for no training run, and have priority over all of them."
     text = (ROOT / "uat_repro" / "workflow" / "Snakefile").read_text()
-    rules = {m[1]: int(m[2]) for m in re.finditer(r"\n *rule (\w+):.*?priority: (\d+)", text, re.S)}
+    rules = {m[1]: int(m[2]) for m in re.finditer(r"\n *rule (\w+):(?:(?!\n *rule ).)*?priority: (\d+)", text, re.S)}
     estimates = {m[1]: int(m[2]) for m in re.finditer(r'"(\w+)": \("experiments.*, (\d+)\)', text)}
     figure = int(re.findall(r"priority: (\d+)", text)[-1])
-    assert figure > estimates["uncertainty"] > rules["prepare"] > max(estimates["posteriors"], estimates["subsets"], estimates["why"]) > rules["train"]
+    assert figure > estimates["uncertainty"] > rules["prepare"] > max(estimates["posteriors"], estimates["subsets"], estimates["why_masking"]) > rules["train"]
 
 
 def test_digest_of_real_notebooks_follows_the_library():
@@ -178,4 +178,5 @@ def test_the_same_run_leaves_the_same_files_bit_for_bit(tmp_path):
     go("11_train", "train", prepared={"gsm_symbolic": prepared}, uncertainty=str(tmp_path / "a" / "uncertainty"), objective="random_masked_mle", seeds=[0, 1])
     go("12_posteriors", "posteriors", prepared=prepared, more=[])
     go("13_subsets", "subsets", prepared=prepared, uncertainty=str(tmp_path / "a" / "uncertainty"), seeds=[0])
-    go("why_masking", "why", prepared=prepared, seeds=[0, 1])
+    go("why_masking", "why_masking", prepared=prepared, seeds=[0, 1])
+    go("why_curriculum", "why_curriculum", prepared=prepared, uncertainty=str(tmp_path / "a" / "uncertainty"))

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS, STAGE = ROOT / "nbs", ROOT / "_proc"
 # which of many runs to show
 EXAMPLES = {"00_prepare": "prepare/*", "10_uncertainty": "uncertainty/*", "11_train": "train/*-repeated-masked_mle",
-            "12_posteriors": "posteriors/*", "13_subsets": "subsets/*", "why_masking": "why/*"}
+            "12_posteriors": "posteriors/*", "13_subsets": "subsets/*", "why_masking": "why_masking/*", "why_curriculum": "why_curriculum/*"}
 
 
 def notebooks() -> list[Path]:

@@ -117,7 +117,7 @@ def manifest(
 
 # %% ../nbs/api/12_workflow.ipynb #12-workflow-21
 FLOW = Path(str(files("uat_repro")))/"workflow" # Snakefile and profiles
-SECTIONS = dict(models=dict, datasets=list, datasets_if_available=list, prepare=dict, uncertainty=dict, posteriors=dict, subsets=dict, why=dict, train=dict,
+SECTIONS = dict(models=dict, datasets=list, datasets_if_available=list, prepare=dict, uncertainty=dict, posteriors=dict, subsets=dict, why_masking=dict, why_curriculum=dict, train=dict,
                 regimes=dict, objectives=dict, seeds=list, tracked=dict, grid=list, figures=dict, expect=dict)
 OPTIONAL = dict(datasets_if_available=[], grid=[{}], figures={})
 AXES = dict(model="models", dataset="datasets", regime="regimes", objective="objectives") # what tells training runs apart
@@ -194,7 +194,7 @@ def pairs(
     return [dict(model=m, dataset=d) for m in profile["models"] if m in only["models"] for d in datasets_of(profile, m) if d in only["datasets"]]
 
 # %% ../nbs/api/12_workflow.ipynb #12-workflow-32
-FOLDERS = {rule: f"{rule}/{{model}}-{{dataset}}" for rule in ("prepare", "uncertainty", "posteriors", "subsets", "why")}
+FOLDERS = {rule: f"{rule}/{{model}}-{{dataset}}" for rule in ("prepare", "uncertainty", "posteriors", "subsets", "why_masking", "why_curriculum")}
 FOLDERS["train"] = "train/{model}-{dataset}-{regime}-{objective}"
 
 def result_files(
