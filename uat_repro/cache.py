@@ -181,6 +181,7 @@ def prepare(
         if layer: network, given = split_layers(model, layer)[1], CachedDataset(rows, HiddenCache.build(model, rows, f"{folder}/{split}-states", layer))
         if split == "train": HiddenCache.build(network, given, f"{folder}/train-last")
 
+# %% ../nbs/api/03_cache.ipynb #03-cache-22b
 @dataclass(frozen=True)
 class Prepared:
     "One data set, as tokens and states of one model, on disk."

@@ -162,6 +162,7 @@ def runnable(
         return sorted(lacks & {*packages, *data, *(f"weights {s}" for s in specs), *remote})
     return {name: of(name) for name in ("smoke", "cpu", "paper")}
 
+# %% ../nbs/api/13_cli.ipynb #13-cli-25b
 @app.command()
 def doctor(
     data_dir:Annotated[Path|None, typer.Option(envvar="UAT_REPRO_DATA_DIR", help="Folder of your own data, such as alpaca.json.")] = None,

@@ -121,6 +121,7 @@ def log_normaliser(
     "The logarithm by which a softmax divides."
     return torch.stack([(_slice(head, i, j).logits(hidden) / temperature).logsumexp(-1) for i, j in _slices(head, len(hidden))]).logsumexp(0)
 
+# %% ../nbs/api/02_head.ipynb #02-head-24b
 @torch.no_grad()
 def token_scores(
     hidden:Tensor, # (N, H) hidden states

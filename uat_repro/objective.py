@@ -166,6 +166,7 @@ def _check(o)->None:
     if o.temperature <= 0: raise ValueError(f"temperature is {o.temperature}; it divides the logits and must be positive")
     if o.threshold is not None and o.granularity == "document": raise ValueError("a threshold is for tokens: leave granularity at 'token', or choose documents by keep")
 
+# %% ../nbs/api/07_objective.ipynb #07-objective-21b
 @dataclass(frozen=True)
 class Objective:
     "Equation 9. Call it on `(model, batch)`; settings that make no sense raise a `ValueError`."

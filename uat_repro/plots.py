@@ -506,6 +506,7 @@ def _draw_posteriors(ax, part: pd.DataFrame, order: list, columns: list[tuple]) 
     ax.grid(axis="x")
     ax.tick_params(axis="y", length=0)
 
+# %% ../nbs/api/11_plots.ipynb #11-plots-61b
 @theme()
 def plot_posteriors(
     frame: pd.DataFrame,  # a row for each posterior and pair: model, dataset, posterior, pair, estimate, low, high, inflation, max_inflation, spearman, jaccard, chosen
