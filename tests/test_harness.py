@@ -1,5 +1,6 @@
 """lm-evaluation-harness on local records: the files of a data folder, what is left out, and what comes back."""
-import json
+import json, os
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +34,11 @@ def test_prompts_that_cannot_be_judged_are_left_out_and_counted(folder):
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install 'uat_repro\\[benchmarks\\]'"): benchmark(tiny_model(), tiny_tokenizer())
+
+
+def test_sixty_four_prompts_of_the_real_ifeval_need_punkt(tmp_path, monkeypatch):
+    source = Path(os.environ.get("UAT_REPRO_DATA_DIR", "")) / "ifeval.jsonl"
+    if not source.exists(): pytest.skip("needs ifeval.jsonl in UAT_REPRO_DATA_DIR")
+    monkeypatch.setattr(evaluation, "_has_punkt", lambda: False)
+    assert evaluation._usable("ifeval", source, tmp_path / "usable.jsonl") == 64
+    assert len((tmp_path / "usable.jsonl").read_text().splitlines()) == 541 - 64

@@ -17,10 +17,10 @@ from typing import Iterator, Mapping, NamedTuple, Sequence
 import torch
 from accelerate.utils import extract_model_from_parallel
 from scipy.stats import spearmanr
-from torch import Tensor, linalg, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .head import map_tokens, predicting_states, to_positions, token_scores, valid_tokens
+from .head import dot, map_tokens, predicting_states, to_positions, token_scores, valid_tokens
 from .models import head_of, hidden_states, quiet, split_layers
 
 # %% ../nbs/api/04_uncertainty.ipynb #04-uncertainty-05
@@ -95,7 +95,7 @@ def _mixture_scores(logits:Tensor, targets:Tensor)->tuple[Tensor, ...]:
     "From (S, n, V) logits: the decomposition, the loss of the mean distribution, and either half's epistemic part."
     log_p = logits.sub_(logits.logsumexp(-1, keepdim=True)).clamp_(min=-1e4)
     p, log_y = log_p.exp(), log_p.gather(-1, targets.expand(len(log_p), -1)[..., None]).squeeze(-1)
-    mean_loss, aleatoric = math.log(len(log_p)) - log_y.logsumexp(0), -linalg.vecdot(p, log_p).mean(0)
+    mean_loss, aleatoric = math.log(len(log_p)) - log_y.logsumexp(0), -dot(p, log_p).mean(0)
     means = torch.stack([p[half::2].mean(0) for half in (0, 1)])
     halves = torch.stack([_divergences(log_p[half::2], p[half::2], means[half]).mean(0) for half in (0, 1)])
     share = torch.tensor([len(p[half::2]) / len(p) for half in (0, 1)], device=p.device)[:, None]

@@ -1,0 +1,47 @@
+"""Scores under autocast are those without it: what runs in bfloat16 are the layers, nothing between logits and a score."""
+import pytest, torch
+
+from uat_repro.head import scores_and_divergence, scores_of, token_loss, token_scores
+from uat_repro.models import Head
+from uat_repro.uncertainty import _mixture_scores, decompose
+
+CONFIDENT = 30.0  # logits of a model that is sure: entropies near 0, as the difference of large numbers
+
+
+@pytest.fixture(scope="module")
+def case():
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(2, 50, 16, generator=g), torch.randn(3000, 16, generator=g) * CONFIDENT / 16**.5
+    return hidden[0], hidden[1], Head(weight), torch.randint(0, 3000, (50,), generator=g)
+
+
+def entropy(logits): return torch.distributions.Categorical(logits=logits.double()).entropy()
+
+
+def test_entropy_is_exact_and_not_negative(case):
+    hidden, _, head, targets = case
+    exact = entropy(head.logits(hidden))
+    assert exact.min() < .01
+    with torch.autocast("cpu", torch.bfloat16):
+        for scores in (token_scores(hidden, targets, head), scores_of(head.logits(hidden), targets)):
+            torch.testing.assert_close(scores.entropy.double(), exact, atol=1e-3, rtol=1e-3)
+            assert scores.entropy.min() >= -1e-4
+
+
+def test_divergences_are_exact(case):
+    hidden, other, head, targets = case
+    p, q = (head.logits(h).double().log_softmax(-1) for h in (hidden, other))
+    exact = (q.exp() * (q - p)).sum(-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, kl = scores_and_divergence(hidden, targets, head, other, head, token_scores(other, targets, head).log_z)
+        _, _, again = token_loss(hidden, targets, head, torch.ones(50), torch.ones(50), other, head)
+    for found in (kl, again): torch.testing.assert_close(found.double(), exact, atol=1e-3, rtol=1e-3)
+
+
+def test_aleatoric_uncertainty_is_exact(case):
+    hidden, other, head, targets = case
+    logits = torch.stack([head.logits(h) for h in (hidden, hidden + .1 * other, hidden - .1 * other, hidden + .2 * other)])
+    exact = decompose(logits.double().log_softmax(-1))
+    with torch.autocast("cpu", torch.bfloat16): total, aleatoric, *_ = _mixture_scores(logits.clone(), targets)
+    torch.testing.assert_close(aleatoric.double(), exact.aleatoric, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(total.double(), exact.total, atol=1e-3, rtol=1e-3)
