@@ -67,7 +67,7 @@ def test_head_scores_and_samples_are_the_models_own(folders, name):
     torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
     for candidate in PROFILE["uncertainty"]["candidates"]:
         u = MCDropout(**candidate, samples=4)(model, batch)
-        assert (u.epistemic[valid] > 0).all()
+        assert u.epistemic[valid].min() >= 0 and u.epistemic[valid].mean() > 0  # few units: a token may lose none of them in four samples
 
 
 @pytest.mark.parametrize("name", STAND_INS)

@@ -156,7 +156,7 @@ def test_smoke_profile_draws_everything(tmp_path):
         assert (work / f"figures/{name}.png").stat().st_size > 5000 and len(pd.read_csv(work / f"figures/{name}.csv"))
     assert "| tiny-gemma2 |" in (work / "figures/t1.md").read_text()
     for run in grid(load_profile("smoke")):
-        result = json.loads((work / FOLDERS["train"].format(**run) + "/result.json").read_text())
+        result = json.loads((work / FOLDERS["train"].format(**run) / "result.json").read_text())
         assert result["objective"] == run["objective"] and result["manifest"]["versions"]["torch"]
     assert str(ROOT.parent) not in "".join(f.read_text() for f in work.rglob("result.json"))
     assert {row["id"] for row in json.loads((work / "claims.json").read_text())} >= {f"C{i}" for i in range(1, 9)}
