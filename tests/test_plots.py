@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from uat_repro.plots import (OBJECTIVES, contrast, draw_procedure, heatmap_figure, heatmap_html, html_page, look, plot_correlations, plot_curves, plot_dynamics, plot_effects, plot_gains, plot_posteriors,
+from uat_repro.plots import (OBJECTIVES, contrast, draw_procedure, heatmap_figure, heatmap_html, html_page, look, plot_correlations, plot_dynamics, plot_effects, plot_gains, plot_posteriors,
                              plot_tradeoff, save_figure, score_colours, score_limits, text_colour)
 from uat_repro.plots import _layout
 
@@ -143,7 +143,6 @@ def test_figures_leave_no_trace_in_pyplot_or_settings():
     before, size = plt.get_fignums(), mpl.rcParams["font.size"]
     plot_gains(effects())
     plot_tradeoff(pd.DataFrame([dict(trained_on="a", regime="r", checkpoint="last", objective=o, seed=s, id=.1 * s, ood=-.1) for o in ("mle", "combined") for s in (0, 1)]))
-    plot_curves(pd.DataFrame([dict(trained_on="a", role="id", regime="r", objective="mle", seed=s, step=t, nll=1. + s) for s in (0, 1) for t in (0, 1)]))
     plot_correlations(pd.DataFrame([dict(model="m", dataset="d", uncertainty="total", score="loss", estimate=.1, low=0., high=.2)]))
     assert plt.get_fignums() == before and mpl.rcParams["font.size"] == size
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from uat_repro.statistics import claims_table, read_claims
+from uat_repro.workflow import WHY
 
 CLAIMS = [c for c in read_claims() if not c.control]
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,6 +23,13 @@ def test_readme_quotes_the_table_as_it_is():
     lines = [line for line in short.splitlines() if line.startswith("| C")]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(lines) == len(CLAIMS) and all(line in readme for line in lines)
+
+
+def test_what_does_not_reproduce_is_looked_into():
+    verdicts = {r["id"]: r["verdict"] for r in json.loads((REFERENCE / "claims.json").read_text(encoding="utf-8"))}
+    open_questions = [c for c in CLAIMS if verdicts[c.id] == "not reproduced"]
+    assert open_questions and all(c.why in WHY and list(REFERENCE.glob(f"runs/{c.why}-*.json")) for c in open_questions)
+    assert all((ROOT / "nbs" / "experiments" / f"{why}.ipynb").exists() for why in WHY) and {c.why for c in CLAIMS if c.why} == set(WHY)
 
 
 def test_pictures_of_the_readme_are_there():

@@ -7,12 +7,12 @@ from nbformat.v4 import new_code_cell, new_notebook
 from papermill import inspect_notebook
 
 from uat_repro import cli
-from uat_repro.workflow import FOLDERS, claim_folder, code_digest, figures, grid, load_profile, plan, reproduce, result_files, snakemake_command
+from uat_repro.workflow import FOLDERS, WHY, claim_folder, code_digest, figures, grid, load_profile, plan, reproduce, result_files, snakemake_command
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_FILES = ["curve.parquet", "records.parquet", "log.parquet", "tokens.parquet", "search.parquet", "result.json"]
 FILES = {"00_prepare": ["result.json"], "10_uncertainty": ["tokens.parquet", "result.json"], "11_train": TRAIN_FILES, "29_claims": ["claims.md", "claims.json"],
-         **{f"{stem}": [f"{stem.partition('_')[2]}.parquet", "result.json"] for stem in ("12_posteriors", "13_subsets")}, **{stem: [f"{stem}.parquet", "result.json"] for stem in ("why_masking", "why_curriculum")}}
+         **{f"{stem}": [f"{stem.partition('_')[2]}.parquet", "result.json"] for stem in ("12_posteriors", "13_subsets")}, **{stem: [f"{stem}.parquet", "result.json"] for stem in WHY}}
 PYTHON = dict(kernelspec=dict(name="python3", language="python", display_name="python3"))
 
 
@@ -133,7 +133,7 @@ def test_figures_come_as_soon_as_they_can():
     rules = {m[1]: int(m[2]) for m in re.finditer(r"\n *rule (\w+):(?:(?!\n *rule ).)*?priority: (\d+)", text, re.S)}
     estimates = {m[1]: int(m[2]) for m in re.finditer(r'"(\w+)": \("experiments.*, (\d+)\)', text)}
     figure = int(re.findall(r"priority: (\d+)", text)[-1])
-    assert figure > estimates["uncertainty"] > rules["prepare"] > max(estimates["posteriors"], estimates["subsets"], estimates["why_masking"]) > rules["train"]
+    assert figure > estimates["uncertainty"] > rules["prepare"] > max(estimates["posteriors"], estimates["subsets"], *(estimates[why] for why in WHY)) > rules["train"]
 
 
 def test_digest_of_real_notebooks_follows_the_library():
@@ -178,5 +178,6 @@ def test_the_same_run_leaves_the_same_files_bit_for_bit(tmp_path):
     go("11_train", "train", prepared={"gsm_symbolic": prepared}, uncertainty=str(tmp_path / "a" / "uncertainty"), objective="random_masked_mle", seeds=[0, 1])
     go("12_posteriors", "posteriors", prepared=prepared, more=[])
     go("13_subsets", "subsets", prepared=prepared, uncertainty=str(tmp_path / "a" / "uncertainty"), seeds=[0])
-    go("why_masking", "why_masking", prepared=prepared, seeds=[0, 1])
-    go("why_curriculum", "why_curriculum", prepared=prepared, uncertainty=str(tmp_path / "a" / "uncertainty"))
+    go("00_prepare", "other", dataset="sharegpt", counts=dict(train=4, validation=4, test=4), max_length=448)
+    about = dict(why_curriculum=dict(uncertainty=str(tmp_path / "a" / "uncertainty")), why_combined=dict(others={"gsm_symbolic": prepared, "sharegpt": str(tmp_path / "a" / "other")}))
+    for why in WHY: go(why, why, prepared=prepared, seeds=[0, 1], **about.get(why, {}))

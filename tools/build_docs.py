@@ -12,11 +12,13 @@ from nbclient import NotebookClient
 from nbdev.config import get_config
 from nbdev.processors import FilterDefaults, exec_show_docs
 
+from uat_repro.workflow import WHY
+
 ROOT = Path(__file__).resolve().parents[1]
 NBS, STAGE = ROOT / "nbs", ROOT / "_proc"
 # which of many runs to show
 EXAMPLES = {"00_prepare": "prepare/*", "10_uncertainty": "uncertainty/*", "11_train": "train/*-repeated-masked_mle",
-            "12_posteriors": "posteriors/*", "13_subsets": "subsets/*", "why_masking": "why_masking/*", "why_curriculum": "why_curriculum/*"}
+            "12_posteriors": "posteriors/*", "13_subsets": "subsets/*", **{why: f"{why}/*" for why in WHY}}
 
 
 def notebooks() -> list[Path]:

@@ -190,6 +190,14 @@ class Prepared:
     layer: int = 0 # train the layers above this one; 0 trains all of them
     dtype: str = "float32" # of the weights
 
+    @classmethod
+    def open(cls,
+        folder:str|Path, # where 00_prepare left its `result.json`
+    )->tuple["Prepared", dict]: # the data set, and what that file says of it
+        "A prepared data set, by its folder alone."
+        about = json.loads((Path(folder)/"result.json").read_text(encoding="utf-8"))
+        return cls(Path(folder), about["spec"], about["layer"], about["dtype"]), about
+
     def load(self)->tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         "The model to train, on the device that accelerate finds, its embeddings and head frozen where it is a top of layers; and the tokenizer."
         model, tokenizer = load_model(self.spec, self.dtype)
@@ -207,6 +215,15 @@ class Prepared:
         rows = load_from_disk(f"{self.folder}/{split}")
         if not self.layer: return rows if which is None else rows.select(which)
         return CachedDataset(rows, HiddenCache(f"{self.folder}/{split}-states"), which)
+
+    def part(self,
+        number:int, # of the part, from 0
+        documents:int, # in a part
+    )->Dataset|CachedDataset: # rows, with states where they were kept
+        "Some training rows: these were shuffled once and cut into parts, which have no document in common. Raises where there are too few."
+        pool = torch.randperm(len(self.rows("train")), generator=torch.Generator().manual_seed(0)).tolist()
+        if len(pool) < (needed := (number + 1) * documents): raise ValueError(f"{needed} training documents are needed and {len(pool)} were prepared: prepare more, or use fewer documents or seeds")
+        return self.rows("train", pool[needed - documents:needed])
 
     def last_states(self)->HiddenCache:
         "What the initial model makes of the training rows, for a `CachedTeacher`."

@@ -37,7 +37,8 @@ class Head(NamedTuple):
     )->Tensor: # (..., V) logits, float32
         "Logits in float32, whatever the dtype of the model and of autocast: bfloat16 logits tie by the hundred."
         with torch.autocast(hidden.device.type, enabled=False):
-            z = F.linear(hidden.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+            hidden = hidden.float().contiguous()  # strided states of several samples would be multiplied sample by sample
+            z = F.linear(hidden, self.weight.float(), None if self.bias is None else self.bias.float())
             z = z if self.scale == 1 else z * self.scale
             return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 

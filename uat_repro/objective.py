@@ -108,7 +108,9 @@ def _score(o, model:nn.Module, batch:Mapping, hidden:Tensor, valid:Tensor)->tupl
 def _metric(o, model:nn.Module, batch:Mapping, scores:TokenScores, valid:Tensor, taught:dict)->Tensor:
     "What the valid tokens compete by (N,)."
     if o.metric in ("loss", "entropy"): return getattr(scores, o.metric)
-    if o.metric == "random": return torch.rand(len(scores.loss), device=valid.device)
+    if o.metric == "random":
+        of = _documents(batch)[valid] if o.granularity == "document" else torch.arange(len(scores.loss), device=valid.device)
+        return torch.rand(len(of), device=valid.device)[of] # one draw for each document: means of many draws would favour the short ones
     if o.metric in ("reference", "excess"):
         reference = token_scores(taught["teacher_hidden"], batch["labels"][valid], taught["teacher_head"]).loss
         return reference if o.metric == "reference" else scores.loss - reference
@@ -239,7 +241,8 @@ def as_compute_loss_func(
         valid = valid_tokens(labels)
         logits, targets = predicting_states(outputs.logits, valid).float(), labels[valid]
         with torch.no_grad(): scores = scores_of(logits, targets)
-        m = _compete(o, _metric(o, None, None, scores, valid, {}), dict(labels=labels), valid)
+        batch = dict(labels=labels)
+        m = _compete(o, _metric(o, None, batch, scores, valid, {}), batch, valid)
         weight = _weigh(o, TokenScores(*(s[m] for s in scores)), lambda fn: fn(logits[m].detach()))
         mean = (weight * F.cross_entropy(logits[m], targets[m], reduction="none")).sum() / m.sum().clamp(min=1)
         return mean if num_items_in_batch is None else mean * valid.sum() / num_items_in_batch

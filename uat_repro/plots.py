@@ -6,8 +6,8 @@ Docs: https://uat-repro.github.io/uat-repro/api/plots.html.md"""
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'LABELS', 'Look', 'look', 'label', 'theme', 'contrast', 'text_colour', 'score_limits', 'score_colours',
-           'heatmap_html', 'html_page', 'heatmap_figure', 'plot_correlations', 'plot_gains', 'plot_curves',
-           'plot_tradeoff', 'plot_effects', 'plot_posteriors', 'plot_dynamics', 'draw_procedure', 'save_figure']
+           'heatmap_html', 'html_page', 'heatmap_figure', 'plot_correlations', 'plot_gains', 'plot_tradeoff',
+           'plot_effects', 'plot_forest', 'plot_posteriors', 'plot_dynamics', 'draw_procedure', 'save_figure']
 
 # %% ../nbs/api/11_plots.ipynb #11-plots-03
 import html, io, math
@@ -381,46 +381,6 @@ def plot_gains(
     fig.supxlabel(f"{xlabel}\nmarker: estimate; bar: its interval; small points: seeds", size=8.5)
     return fig
 
-# %% ../nbs/api/11_plots.ipynb #11-plots-50
-def _draw_curves(ax, part: pd.DataFrame, value: str, objectives: list[str]) -> None:
-    "Curves of one panel."
-    if part.empty: return _absent(ax)
-    colours = {o: look(o).colour for o in objectives}
-    common = dict(data=part, x="step", y=value, hue="objective", palette=colours, hue_order=objectives, ax=ax, legend=False, errorbar=None)
-    sns.lineplot(**common, units="seed", estimator=None, lw=.7, alpha=.45)
-    sns.lineplot(**common, lw=1.8)
-    ax.set(xlabel="", ylabel="")
-    ax.grid(axis="y")
-
-def _key(fig: Figure, objectives: list[str]) -> None:
-    "One legend for all panels, below them."
-    lines = [mpl.lines.Line2D([], [], color=look(o).colour, marker=look(o).marker, ms=7, mec="white", mew=.4, lw=1.8, label=look(o).label) for o in objectives]
-    fig.legend(handles=lines, loc="outside lower center", ncols=min(4, len(lines)), frameon=False)
-
-# %% ../nbs/api/11_plots.ipynb #11-plots-51
-@theme()
-def plot_curves(
-    frame: pd.DataFrame,  # step, objective, seed, the value, and the columns of `rows` and `columns`
-    value: str = "nll",  # column that is drawn
-    rows: Iterable[str] = ("trained_on", "role"),  # columns that make the rows of panels
-    columns: Iterable[str] = ("regime",),  # columns that make the panels of a row
-    ylabel: str = "held-out NLL (nats per token)",  # axis label, with its unit
-) -> Figure:  # a grid of panels
-    "A value over the steps of training, for each objective and seed; several held-out sets of a role are averaged."
-    _need(frame, "step", "objective", "seed", value, *rows, *columns)
-    frame = frame.groupby([*rows, *columns, "objective", "seed", "step"], sort=False, as_index=False)[value].mean()
-    (down, across), objectives = _facets(frame, rows, columns), _ordered(frame["objective"])
-    fig = _figure(max(5., .8 + 3 * len(across)), .8 + 1.75 * len(down), layout="constrained")
-    axes = fig.subplots(len(down), len(across), squeeze=False, sharey="row", sharex="col")
-    for (i, row), (j, column) in ((r, c) for r in enumerate(down) for c in enumerate(across)):
-        _draw_curves(axes[i, j], _part(_part(frame, rows, row), columns, column), value, objectives)
-        if i == 0: axes[i, j].set_title("\n".join(map(label, column)), weight="bold")
-        if j == 0: axes[i, j].set_ylabel(", ".join(map(label, row)))
-        if i == len(down) - 1: axes[i, j].set_xlabel("training step")
-    fig.supylabel(ylabel, size=9)
-    _key(fig, objectives)
-    return fig
-
 # %% ../nbs/api/11_plots.ipynb #11-plots-54
 def _draw_tradeoff(ax, part: pd.DataFrame, objectives: list[str]) -> None:
     "One panel: seeds as small points, tied to their mean."
@@ -438,6 +398,11 @@ def _draw_tradeoff(ax, part: pd.DataFrame, objectives: list[str]) -> None:
     ax.axhline(0, color="#333333", lw=.8, zorder=1)
     ax.axvline(0, color="#333333", lw=.8, zorder=1)
     ax.set(xlim=(left, right), ylim=(bottom, top))
+
+def _key(fig: Figure, objectives: list[str]) -> None:
+    "One legend for all panels, below them."
+    lines = [mpl.lines.Line2D([], [], color=look(o).colour, marker=look(o).marker, ms=7, mec="white", mew=.4, lw=1.8, label=look(o).label) for o in objectives]
+    fig.legend(handles=lines, loc="outside lower center", ncols=min(4, len(lines)), frameon=False)
 
 # %% ../nbs/api/11_plots.ipynb #11-plots-55
 @theme()
@@ -492,6 +457,25 @@ def plot_effects(
         if reverse: ax.invert_xaxis()
     axes[0].set_ylabel(ylabel)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return fig
+
+# %% ../nbs/api/11_plots.ipynb #11-plots-59b
+@theme()
+def plot_forest(
+    effects: Mapping[str, Effect],  # from top to bottom, by what they are effects of
+    xlabel: str,  # axis label, with its unit
+) -> Figure:  # one panel
+    "Effects with intervals, one below the other."
+    fig = _figure(7., .9 + .28 * len(effects), layout="constrained")
+    ax = fig.subplots()
+    for y, e in enumerate(effects.values()):
+        ax.plot(e.per_seed, [y] * len(e.per_seed), ".", color=_LINES[0], ms=4, alpha=.5)
+        ax.errorbar(e.estimate, y, xerr=np.abs([[e.low - e.estimate], [e.high - e.estimate]]), color=_LINES[0], marker="o", ms=6, mec="white", mew=.4, elinewidth=1.2, capsize=2)
+    ax.axvline(0, color="#333333", lw=.8)
+    ax.set_yticks(range(len(effects)), effects)
+    ax.invert_yaxis()
+    ax.set_xlabel(xlabel)
+    ax.grid(axis="x")
     return fig
 
 # %% ../nbs/api/11_plots.ipynb #11-plots-61

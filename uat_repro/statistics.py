@@ -8,8 +8,8 @@ Docs: https://uat-repro.github.io/uat-repro/api/statistics.html.md"""
 __all__ = ['RUN', 'SETTING', 'MIN_RECORDS', 'STANDINGS', 'VERDICTS', 'TESTS', 'ENOUGH', 'Effect', 'Interval', 'cluster_bootstrap',
            't_test', 'paired_effect', 'mean_effect', 'correlation', 'jaccard', 'chance_jaccard', 'overlap_effect',
            'curriculum', 'read_runs', 'read_about', 'read_estimates', 'gains', 'effects_frame', 'Measure', 'Claim',
-           'standing', 'verdict', 'read_claims', 'measure_claim', 'claim_rows', 'correct', 'judge', 'markdown_table',
-           'claims_table', 'write_whole', 'write_claims', 'compare_claims', 'sample_note']
+           'standing', 'in_words', 'verdict', 'read_claims', 'measure_claim', 'claim_rows', 'correct', 'judge',
+           'markdown_table', 'claims_table', 'write_whole', 'write_claims', 'compare_claims', 'sample_note']
 
 # %% ../nbs/api/10_statistics.ipynb #10-statistics-03
 import json, math, os, warnings
@@ -332,6 +332,7 @@ class Claim:
     assumed: tuple[str, ...] = ()  # what the paper's text left open, and what we took
     family: str = ""  # claims whose p values are corrected together
     control: bool = False  # measured beside the claims, to tell for which reason one holds
+    why: str = ""  # experiment that looks for the reason where it does not reproduce
 
 # %% ../nbs/api/10_statistics.ipynb #10-statistics-64
 MIN_RECORDS = 10  # an effect that rests on fewer records is not judged
@@ -348,6 +349,17 @@ def standing(
     beyond = lambda x: measure.expected * (x - measure.threshold)
     if max(beyond(effect.low), beyond(effect.high)) < 0: return "against"
     return "for" if min(map(beyond, (effect.low, effect.high, *effect.per_seed))) > 0 else "open"
+
+# %% ../nbs/api/10_statistics.ipynb #10-statistics-65b
+def in_words(
+    effect: Effect,  # what was measured
+    more: str = "a gain",  # what a positive effect is
+    less: str = "a loss",  # what a negative one is
+) -> str:  # "0.30 [0.10, 0.50] nats (a gain)"
+    "An effect with its interval and unit, and whether all of it lies on one side of nothing."
+    up, down = (standing(effect, Measure("effect", sign)) for sign in (1, -1))
+    word = "not judged" if up == "untestable" else more if up == "for" else less if down == "for" else "undecided"
+    return f"{effect} {effect.unit} ({word})"
 
 # %% ../nbs/api/10_statistics.ipynb #10-statistics-67
 VERDICTS = ("reproduced", "partly", "not reproduced", "not testable at this scale")
@@ -374,7 +386,7 @@ def read_claims(
     "Claims from a YAML file."
     data = yaml.safe_load(Path(path or str(files("uat_repro") / "claims.yaml")).read_text(encoding="utf-8"))
     made = lambda e, control: Claim(e["id"], e["text"], e["where"], tuple(map(_measure, e["measures"])),
-                                    tuple(data["assumptions"][a] for a in e.get("assumed", ())), e["family"], control)
+                                    tuple(data["assumptions"][a] for a in e.get("assumed", ())), e["family"], control, e.get("why", ""))
     return tuple(made(e, kind == "controls") for kind in ("claims", "controls") for e in data[kind])
 
 # %% ../nbs/api/10_statistics.ipynb #10-statistics-73
@@ -414,7 +426,7 @@ def claim_rows(
     p = lambda name, k: corrected.get((name, k), 0.0)
     each = {name: [standing(e, m, p(name, k)) for k, (e, m) in enumerate(zip(effects, claim.measures))] for name, effects in settings.items()}
     whole = {name: min(found, key=STANDINGS.index) for name, found in each.items()}
-    about = dict(id=claim.id, text=claim.text, where=claim.where, assumed=list(claim.assumed), control=claim.control, verdict=verdict(whole.values()))
+    about = dict(id=claim.id, text=claim.text, where=claim.where, assumed=list(claim.assumed), control=claim.control, why=claim.why, verdict=verdict(whole.values()))
     row = lambda m, name=None, effect=None, stands=None, p=None: dict(
         about, measure=m.name, expected=m.expected, threshold=m.threshold, setting=name, effect=effect and dict(asdict(effect), detectable=effect.detectable(among)),
         p=p, standing=stands, holds=whole.get(name))
@@ -475,7 +487,8 @@ def _claim_lines(
     holds = [group[0]["holds"] for group in _grouped(rows, "setting").values()]
     tally = ", ".join(f"{n} {s}" for s in reversed(STANDINGS) if (n := holds.count(s))) or "none"
     seeds = max((r["effect"]["seeds"] for r in _measured(rows)), default=0) or "-"
-    front, back, lines = [rows[0]["id"], f"{rows[0]['text']} ({rows[0]['where']})"], [seeds, tally, "control" if rows[0]["control"] else f"**{rows[0]['verdict']}**"], []
+    said = "control" if rows[0]["control"] else f"**{rows[0]['verdict']}**" + f" ({rows[0]['why']})" * (rows[0]["verdict"] == "not reproduced" and bool(rows[0]["why"]))
+    front, back, lines = [rows[0]["id"], f"{rows[0]['text']} ({rows[0]['where']})"], [seeds, tally, said], []
     for measure, group in _grouped(rows, "measure").items():
         expected = f"{'>' if group[0]['expected'] > 0 else '<'} {group[0]['threshold']:g} expected"
         lines.append([*front, f"{measure} ({expected})", _range(group), *back])

@@ -6,12 +6,13 @@ Docs: https://uat-repro.github.io/uat-repro/api/uncertainty.html.md"""
 
 # %% auto #0
 __all__ = ['SITES', 'Decomposition', 'decompose', 'Reliability', 'TokenUncertainty', 'pool', 'dropout_at', 'MCDropout',
-           'Ensemble', 'choose_posterior']
+           'Ensemble', 'choose_posterior', 'chosen_dropout']
 
 # %% ../nbs/api/04_uncertainty.ipynb #04-uncertainty-03
-import math
+import json, math
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Iterator, Mapping, NamedTuple, Sequence
 
 import torch
@@ -224,3 +225,12 @@ def choose_posterior(
     inflation, reliability = [u.inflation() for u in estimates], [u.reliability().spearman for u in estimates]
     harmless = [n for n, x in enumerate(inflation) if x <= max_inflation]
     return max(harmless, key=reliability.__getitem__) if harmless else min(range(len(inflation)), key=inflation.__getitem__)
+
+# %% ../nbs/api/04_uncertainty.ipynb #04-uncertainty-41
+def chosen_dropout(
+    folder:str|Path, # where the experiment that applied the rule left its `result.json`
+    samples:int, # S from now on
+)->MCDropout: # with the rate, sites and layers that were chosen
+    "The dropout that was chosen for a model and a data set."
+    about = json.loads((Path(folder)/"result.json").read_text(encoding="utf-8"))
+    return MCDropout(about["p"], samples, about["sites"], from_layer=about["from_layer"])
