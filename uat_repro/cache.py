@@ -70,6 +70,7 @@ def states_size(
     "What the states of one layer take."
     return sum(len(row["input_ids"]) for row in dataset) * model.config.hidden_size * next(model.parameters()).dtype.itemsize
 
+# %% ../nbs/api/03_cache.ipynb #03-cache-11a
 def _plan(lengths:Sequence[int], batch_size:int)->list[list[int]]:
     "The records of each file, in the order of their lengths; all files but the last have at least `PART_TOKENS` tokens, in whole batches."
     order, parts, tokens = sorted(range(len(lengths)), key=lambda i: lengths[i]), [[]], 0

@@ -201,6 +201,12 @@ def score_tokens(
     return pd.concat(parts).sort_values("record", key=lambda r: r.map(order), kind="stable", ignore_index=True)
 
 # %% ../nbs/api/13_cli.ipynb #13-cli-31
+def _on_gpu(model):
+    "The model on a GPU where there is one."
+    import torch
+    return model.to("cuda") if torch.cuda.is_available() else model
+
+# %% ../nbs/api/13_cli.ipynb #13-cli-31a
 @app.command()
 def score(
     dataset:Annotated[str, typer.Argument(help="alpaca, gsm8k, gsm_symbolic, sharegpt, or the path of a .json or .jsonl file")],
@@ -233,11 +239,6 @@ def score(
     print(f"{len(tokens)} tokens of {len(rows)} records: {out/'tokens.parquet'}, {out/'tokens.html'}")
     advice = ": that is more than 2%, so lower --p or choose other --sites before trusting the uncertainties" if inflation > .02 else ""
     print(f"the dropout makes the loss {inflation:.1%} higher{advice}")
-
-def _on_gpu(model):
-    "The model on a GPU where there is one."
-    import torch
-    return model.to("cuda") if torch.cuda.is_available() else model
 
 # %% ../nbs/api/13_cli.ipynb #13-cli-35
 def train_model(

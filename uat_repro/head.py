@@ -205,6 +205,7 @@ def _rows(weight:Tensor, kl_weight:Tensor)->tuple[Tensor, int, int]:
     groups = [mask.nonzero()[:, 0] for mask in (kl & ~ce, kl & ce, ce & ~kl)]
     return torch.cat(groups), len(groups[0]), len(groups[0]) + len(groups[1])
 
+# %% ../nbs/api/02_head.ipynb #02-head-32a
 def token_loss(
     hidden:Tensor, # (N, H)
     targets:Tensor, # (N,) token ids

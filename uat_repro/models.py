@@ -122,6 +122,7 @@ def _without_padding(inputs:dict)->tuple[dict, Tensor]|None:
     row = {k: v[mask][None] for k, v in inputs.items() if k in ("input_ids", "inputs_embeds")}
     return dict(row, position_ids=positions[None]), mask.flatten().nonzero()[:, 0]
 
+# %% ../nbs/api/01_models.ipynb #01-models-21a
 def _prompt_tuned(model:nn.Module)->bool: return getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
 
 def _takes_documents(model:nn.Module, decoder:nn.Module)->bool:

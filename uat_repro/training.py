@@ -33,6 +33,7 @@ def _sums(o:Objective, out:ObjectiveOutput, batch)->Tensor:
     return torch.stack([torch.as_tensor(x, dtype=torch.float64, device=valid.device) for x in
                         (out.mle * m, m, out.distill * d, d, out.token_entropy[valid].sum(), n, tokens)])
 
+# %% ../nbs/api/08_training.ipynb #08-training-06a
 class _LoggingTrainer(Trainer):
     "A Trainer whose log says what the objective did."
     _seen, _busy = None, 0.0
@@ -85,6 +86,7 @@ def _lengths(dataset:Sequence)->list[int]:
     if hasattr(dataset, "lengths"): return dataset.lengths
     return [len(ids) for ids in (dataset["input_ids"] if hasattr(dataset, "column_names") else (row["input_ids"] for row in dataset))]
 
+# %% ../nbs/api/08_training.ipynb #08-training-10a
 class UncertaintyAwareTrainer(_LoggingTrainer):
     "A `transformers.Trainer` that minimises an `Objective`; all other arguments are the Trainer's."
     loss_is_scaled_for_ga = True # the objective divides by the totals of the whole step

@@ -161,6 +161,7 @@ def _above(model:nn.Module, batch:Mapping, layer:int)->tuple[nn.Module, dict]:
     trunk, top = split_layers(bare.get_base_model() if hasattr(bare, "get_base_model") else bare, layer)
     with quiet(trunk): return top, {**batch, "inputs_embeds": hidden_states(trunk, batch)}
 
+# %% ../nbs/api/04_uncertainty.ipynb #04-uncertainty-25a
 @dataclass(frozen=True)
 class MCDropout:
     "Monte Carlo dropout (Gal and Ghahramani 2016). Call it on a model and a batch."

@@ -444,6 +444,7 @@ def _about(seconds:float)->str:
     "A duration for people."
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds/60:.0f} min" if seconds < 5400 else f"{seconds/3600:.1f} h"
 
+# %% ../nbs/api/12_workflow.ipynb #12-workflow-72a
 @dataclass
 class Progress:
     "How far the runs are, and how long those that remain will take."
