@@ -109,8 +109,8 @@ def _metric(o, model:nn.Module, batch:Mapping, scores:TokenScores, valid:Tensor,
     "What the valid tokens compete by (N,)."
     if o.metric in ("loss", "entropy"): return getattr(scores, o.metric)
     if o.metric == "random":
-        of = _documents(batch)[valid] if o.granularity == "document" else torch.arange(len(scores.loss), device=valid.device)
-        return torch.rand(len(of), device=valid.device)[of] # one draw for each document: means of many draws would favour the short ones
+        if o.granularity == "token": return torch.rand(len(scores.loss), device=valid.device)
+        return torch.rand(valid.numel(), device=valid.device)[_documents(batch)[valid]] # one draw for each document: means of many would favour the short ones
     if o.metric in ("reference", "excess"):
         reference = token_scores(taught["teacher_hidden"], batch["labels"][valid], taught["teacher_head"]).loss
         return reference if o.metric == "reference" else scores.loss - reference
