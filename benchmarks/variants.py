@@ -1,7 +1,8 @@
-"""The steps under comparison. A variant gets a model and a workload and returns a function of a batch: forward, backward, the loss.
+"""The steps under comparison. A variant gets a model and a workload. It returns a function of a batch: forward,
+backward, the loss.
 
-Run as a program it is one such process: it prints a line when it is ready, then takes a step for each line that it reads and prints
-what the step took. `bench.py` keeps several of them and lets them step in turn.
+Run as a program it is one such process: it prints a line when it is ready. It then takes a step for each line that
+it reads, and prints the cost of the step. `bench.py` keeps several of them and lets them step in turn.
 """
 import argparse, copy, ctypes, gc, json, re, sys, tempfile, time
 from pathlib import Path
@@ -12,10 +13,10 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-from uat_repro import CachedTeacher, FrozenTeacher, HiddenCache, MCDropout, Objective, UncertaintyAwareTrainer, decompose, load_model, load_records
+from uat_repro import (CachedTeacher, FrozenTeacher, HiddenCache, MCDropout, UncertaintyAwareTrainer, decompose,
+                       load_model, load_records)
 from uat_repro.cache import CachedDataset
-from uat_repro.data import Collator
-from uat_repro.head import valid_tokens
+from uat_repro.tokens import Collator, valid_tokens
 from uat_repro.masking import count_kept
 from uat_repro.models import autocast, head_of, split_layers, tiny_tokenizer
 
@@ -49,7 +50,7 @@ def make_rows(tokenizer, vocab:int, steps:int, lengths:list[int], share:float)->
     return batches
 
 def make_model(name:str):
-    "SmolLM2; `wide-V`, two layers under a vocabulary of V; or `head-V`, the same with a head of its own and embeddings that do not train."
+    "SmolLM2; `wide-V`, two layers under a vocabulary of V; `head-V`, the same with its own head, embeddings frozen."
     kind, _, vocab = name.partition("-")
     if kind not in ("wide", "head"): return load_model(name)
     torch.manual_seed(0)
@@ -68,7 +69,8 @@ def perturb(model, layers:int)->None:
 # Trainers
 
 def arguments(cls=TrainingArguments, **kw):
-    return cls(output_dir=tempfile.mkdtemp(), use_cpu=True, report_to="none", bf16=False, per_device_train_batch_size=8, disable_tqdm=True, **kw)
+    return cls(output_dir=tempfile.mkdtemp(), use_cpu=True, report_to="none", bf16=False, per_device_train_batch_size=8,
+               disable_tqdm=True, **kw)
 
 def by_trainer(trainer):
     "One training step of a Trainer, without its optimiser."
@@ -108,7 +110,8 @@ def sft_topk(model, work):
     return by_trl(TopK, trl.SFTConfig, model, work)
 
 @variant
-def gkd(model, work): return by_trl(GKDTrainer, GKDConfig, model, work, dict(lmbda=0.0, beta=0.0), teacher_model=copy.deepcopy(model))
+def gkd(model, work):
+    return by_trl(GKDTrainer, GKDConfig, model, work, dict(lmbda=0.0, beta=0.0), teacher_model=copy.deepcopy(model))
 
 @variant
 def teacher_loop(model, work):
@@ -171,7 +174,8 @@ def ours_masked_mle_top(model, work):
     "The upper third, over kept states of the trunk."
     rows = [r for rows in work.rows for r in rows]
     layer = model.config.num_hidden_layers * 2 // 3
-    cached, n = CachedDataset(rows, HiddenCache.build(model, rows, Path(work.folder, "trunk"), layer)), len(work.rows[0])
+    cache, n = HiddenCache.build(model, rows, Path(work.folder, "trunk"), layer), len(work.rows[0])
+    cached = CachedDataset(rows, cache)
     work.batches = [work.collate([cached[i] for i in range(k, k + n)]) for k in range(0, len(rows), n)]
     work.trained = split_layers(model, layer)[1]
     work.trained.get_input_embeddings().requires_grad_(False)  # and the head, which is tied to them
@@ -194,10 +198,12 @@ def stacked(model, batch, samples, layer):
 def naive_dropout(model, work): return lambda batch: stacked(model, batch, work.samples, 0)
 
 @variant
-def naive_dropout_top(model, work): return lambda batch: stacked(model, batch, work.samples, model.config.num_hidden_layers * 4 // 5)
+def naive_dropout_top(model, work):
+    return lambda batch: stacked(model, batch, work.samples, model.config.num_hidden_layers * 4 // 5)
 
 @variant
-def ours_dropout(model, work): return lambda batch: MCDropout(**MC, samples=work.samples)(model, batch).epistemic.nanmean()
+def ours_dropout(model, work):
+    return lambda batch: MCDropout(**MC, samples=work.samples)(model, batch).epistemic.nanmean()
 
 @variant
 def ours_dropout_top(model, work):
@@ -219,7 +225,8 @@ def tidy()->None:
 class Work:
     "What the steps work on."
     def __init__(self, tokenizer, rows, samples):
-        self.tokenizer, self.rows, self.samples, self.collate, self.trained = tokenizer, rows, samples, Collator(tokenizer), None
+        self.tokenizer, self.rows, self.samples = tokenizer, rows, samples
+        self.collate, self.trained = Collator(tokenizer), None
         self.batches, self._folder = [self.collate(r) for r in rows], tempfile.TemporaryDirectory()
         self.folder = self._folder.name
 
@@ -229,7 +236,8 @@ def main(options):
     for p in model.parameters(): p.data = p.data.clone()  # off the file, which is mapped into memory as it is touched
     tidy()
     start = memory("VmRSS")
-    rows = make_rows(tokenizer, model.config.vocab_size, options.steps, lengths_of(options.documents, options.shortest, options.longest), options.share)
+    lengths = lengths_of(options.documents, options.shortest, options.longest)
+    rows = make_rows(tokenizer, model.config.vocab_size, options.steps, lengths, options.share)
     work = Work(tokenizer, rows, options.samples)
     step = VARIANTS[options.variant](model, work)
     student = work.trained or model
@@ -243,12 +251,14 @@ def main(options):
         seconds, peak = time.perf_counter() - began, memory("VmHWM")
         student.zero_grad(set_to_none=True)  # who waits for its turn holds as little as it can
         tidy()
-        print(json.dumps(dict(seconds=seconds, extra_mb=peak - start, loss=loss, tokens=int(work.batches[int(line)]["attention_mask"].sum()))), flush=True)
+        tokens = int(work.batches[int(line)]["attention_mask"].sum())
+        print(json.dumps(dict(seconds=seconds, extra_mb=peak - start, loss=loss, tokens=tokens)), flush=True)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("variant", choices=VARIANTS)
     parser.add_argument("--model", default="smollm2-135m")
-    for name, value in dict(documents=8, shortest=40, longest=256, steps=3, samples=8, threads=2).items(): parser.add_argument(f"--{name}", type=int, default=value)
+    for name, value in dict(documents=8, shortest=40, longest=256, steps=3, samples=8, threads=2).items():
+        parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--share", type=float, default=.72)
     main(parser.parse_args())

@@ -3,7 +3,8 @@ import torch
 
 from uat_repro.models import tiny_tokenizer
 
-PAIRS = [("a", "ragged lengths"), ("bc", "x"), ("d", "a much longer response than all the others"), ("e", "middle"), ("question?", "yes"), ("f", "no, never")]
+PAIRS = [("a", "ragged lengths"), ("bc", "x"), ("d", "a much longer response than all the others"), ("e", "middle"),
+         ("question?", "yes"), ("f", "no, never")]
 tokenizer = tiny_tokenizer()
 
 
@@ -17,7 +18,7 @@ def rows(pairs=PAIRS):
 
 
 def logits_of(model, batch):
-    "Plain logits that predict positions 1 to T - 1. Padding is on the right of causal attention, so the reference can do without a mask."
+    "Plain logits that predict positions 1 to T - 1. Padding is on the right, so causal attention needs no mask."
     return model(input_ids=batch["input_ids"]).logits[:, :-1]
 
 

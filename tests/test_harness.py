@@ -8,16 +8,19 @@ from uat_repro import evaluation
 from uat_repro.evaluation import NEED_PUNKT, benchmark
 from uat_repro.models import tiny_model, tiny_tokenizer
 
-for package in ("lm_eval", "langdetect", "immutabledict"): pytest.importorskip(package, reason=f"needs {package}: pip install 'uat_repro[benchmarks]'")
+for package in ("lm_eval", "langdetect", "immutabledict"):
+    pytest.importorskip(package, reason=f"needs {package}: pip install 'uat_repro[benchmarks]'")
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    "Three prompts of IFEval's kind: one that any text without a comma obeys, one that none obeys here, one that counts sentences."
+    "Three prompts of IFEval's kind: any text without a comma obeys the first, none the second; one counts sentences."
     monkeypatch.setattr(evaluation, "_has_punkt", lambda: False)
     rows = [dict(key=1, prompt="No commas, please.", instruction_id_list=["punctuation:no_comma"], kwargs=[{}]),
-            dict(key=2, prompt="Say nothing, then end with Amen.", instruction_id_list=["startend:end_checker", "punctuation:no_comma"], kwargs=[dict(end_phrase="Amen."), {}]),
-            dict(key=3, prompt="Three sentences.", instruction_id_list=[NEED_PUNKT[0]], kwargs=[dict(relation="at least", num_sentences=3)])]
+            dict(key=2, prompt="Say nothing, then end with Amen.", kwargs=[dict(end_phrase="Amen."), {}],
+                 instruction_id_list=["startend:end_checker", "punctuation:no_comma"]),
+            dict(key=3, prompt="Three sentences.", kwargs=[dict(relation="at least", num_sentences=3)],
+                 instruction_id_list=[NEED_PUNKT[0]])]
     (tmp_path / "ifeval.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     return tmp_path
 
@@ -33,7 +36,8 @@ def test_prompts_that_cannot_be_judged_are_left_out_and_counted(folder):
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="pip install 'uat_repro\\[benchmarks\\]'"): benchmark(tiny_model(), tiny_tokenizer())
+    with pytest.raises(ImportError, match="pip install 'uat_repro\\[benchmarks\\]'"):
+        benchmark(tiny_model(), tiny_tokenizer())
 
 
 def test_sixty_four_prompts_of_the_real_ifeval_need_punkt(tmp_path, monkeypatch):

@@ -5,8 +5,9 @@ import pytest
 
 import uat_repro
 
-CONTRACT = ("select_tokens decompose MCDropout Ensemble Objective HiddenCache FrozenTeacher AdapterTeacher CachedTeacher UncertaintyAwareTrainer as_compute_loss_func "
-            "load_model load_records encode Collator").split()
+CONTRACT = ("select_tokens decompose MCDropout Ensemble Objective HiddenCache FrozenTeacher AdapterTeacher "
+            "CachedTeacher UncertaintyAwareTrainer as_compute_loss_func load_model load_records encode "
+            "encode_all Collator").split()
 
 
 @pytest.mark.parametrize("name", uat_repro.__all__)

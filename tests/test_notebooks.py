@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from uat_repro.results import catalogue
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(ROOT).parts))
 PAPERMILL = [p for p in NOTEBOOKS if p.parent.name in ("experiments", "figures")]
@@ -29,13 +31,12 @@ def test_opens_with_a_title_and_a_line(path):
 
 
 @pytest.mark.parametrize("path", PAPERMILL, ids=lambda p: p.stem)
-def test_has_documented_parameters_and_a_rule(path):
+def test_has_documented_parameters_and_an_entry_in_the_catalogue(path):
     tagged = [c for c in cells(path) if "parameters" in c["metadata"].get("tags", [])]
     assert len(tagged) == 1
     lines = "".join(tagged[0]["source"]).splitlines()
     assert all(re.match(r"\w+: [\w\[\], |]+ = .+  # \S", line) for line in lines), "write `name: type = default  # what it is`"
-    runs = (ROOT / "uat_repro" / "workflow" / "Snakefile").read_text(encoding="utf-8"), (ROOT / "uat_repro" / "workflow.py").read_text(encoding="utf-8")
-    assert f'"experiments/{path.stem}"' in runs[0] if path.parent.name == "experiments" else f'("{path.stem}"' in runs[1]
+    assert f"{path.parent.name}/{path.stem}" in {entry["notebook"] for entry in catalogue()[path.parent.name].values()}
 
 
 def test_only_the_library_exports():

@@ -1,12 +1,15 @@
-"""The objective against float64 formulas on plain logits, for three families, every metric that a formula can give, and both granularities."""
+"""The objective against float64 formulas on plain logits, for three families, two metrics and both granularities."""
+import math
+
 import pytest, torch
 
 from examples import PAIRS, flat_grad, logits_of, rows, tokenizer
 from uat_repro import head as head_module
-from uat_repro.data import Collator
+from uat_repro.tokens import Collator
 from uat_repro.distillation import FrozenTeacher
 from uat_repro.models import TINY, tiny_model
-from uat_repro.objective import Objective
+from uat_repro.objective import METRICS, WEIGHTS, Metric, Objective, Weight
+from uat_repro.uncertainty import MCDropout
 
 batch = Collator(tokenizer)(rows())
 valid = (batch["labels"] != -100)[:, 1:]
@@ -14,7 +17,6 @@ valid = (batch["labels"] != -100)[:, 1:]
 
 def naive_mask(o, losses, entropies):
     "Equation 7 by sorting Python lists; a copy of nothing in the library."
-    import math
     scores, mask = losses if o.metric == "loss" else entropies, torch.zeros_like(valid)
     sign = 1 if o.order == "top" else -1
     if o.granularity == "document":
@@ -24,7 +26,8 @@ def naive_mask(o, losses, entropies):
     places = [(b, t) for b in range(valid.shape[0]) for t in range(valid.shape[1]) if valid[b, t]]
     groups = [[p for p in places if p[0] == b] for b in range(len(valid))] if o.scope == "sequence" else [places]
     for group in groups:
-        for b, t in sorted(group, key=lambda p: (-sign * scores[p].item(), p))[:math.ceil(o.keep * len(group))]: mask[b, t] = True
+        ranked = sorted(group, key=lambda p: (-sign * scores[p].item(), p))
+        for b, t in ranked[:math.ceil(o.keep * len(group))]: mask[b, t] = True
     return mask
 
 
@@ -41,8 +44,9 @@ def naive_loss(o, model, teacher):
 
 
 OBJECTIVES = [
-    Objective(), Objective(keep=.1, metric="entropy"), Objective(scope="sequence", keep=.4), Objective(order="bottom", keep=.5),
-    Objective(granularity="document", keep=.4), Objective(distill_weight=.7, temperature=2.), Objective(keep=1, distill_weight=1., distill_on="all"),
+    Objective(), Objective(keep=.1, metric="entropy"), Objective(scope="sequence", keep=.4),
+    Objective(order="bottom", keep=.5), Objective(granularity="document", keep=.4),
+    Objective(distill_weight=.7, temperature=2.), Objective(keep=1, distill_weight=1., distill_on="all"),
 ]
 
 
@@ -63,9 +67,11 @@ def test_loss_mask_and_gradient(family, o, monkeypatch):
 
 @pytest.mark.parametrize("family", TINY)
 def test_finite_differences_of_the_distillation_term(family):
-    o, model, teacher = Objective.preset("self_distillation"), tiny_model(family), FrozenTeacher(tiny_model(family, seed=1))
+    o, model = Objective.preset("self_distillation"), tiny_model(family)
+    teacher = FrozenTeacher(tiny_model(family, seed=1))
     o(model, batch, teacher=teacher).loss.backward()
-    weight, direction = model.model.layers[0].mlp.down_proj.weight, torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    weight = model.model.layers[0].mlp.down_proj.weight
+    direction = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
     slope, step, values = float((weight.grad * direction).sum()), 1e-3, []
     for sign in (1, -1):
         with torch.no_grad():
@@ -86,15 +92,16 @@ def test_first_response_token_and_end_of_turn_are_predicted():
     out = Objective.preset("mle")(tiny_model(), batch)
     for row, (prompt, response) in enumerate(PAIRS):
         start = len(tokenizer(prompt)["input_ids"])
-        assert out.selected[row].nonzero()[:, 0].tolist() == list(range(start, start + len(tokenizer(response)["input_ids"])))
+        end = start + len(tokenizer(response)["input_ids"])
+        assert out.selected[row].nonzero()[:, 0].tolist() == list(range(start, end))
 
 
 def test_packed_documents_do_not_predict_each_other():
-    r = rows(PAIRS[:2])
-    packed = dict(input_ids=torch.tensor([r[0]["input_ids"] + r[1]["input_ids"]]), labels=torch.tensor([r[0]["input_ids"] + r[1]["input_ids"]]),
-                  position_ids=torch.tensor([[*range(len(r[0]["input_ids"])), *range(len(r[1]["input_ids"]))]]))
+    one, other = (row["input_ids"] for row in rows(PAIRS[:2]))
+    packed = dict(input_ids=torch.tensor([one + other]), labels=torch.tensor([one + other]),
+                  position_ids=torch.tensor([[*range(len(one)), *range(len(other))]]))
     out = Objective.preset("mle")(tiny_model(), packed)
-    assert not out.selected[0, 0] and not out.selected[0, len(r[0]["input_ids"])]
+    assert not out.selected[0, 0] and not out.selected[0, len(one)]
     assert int(out.selected.sum()) == packed["labels"].numel() - 2
 
 
@@ -105,3 +112,59 @@ def test_bfloat16_model_is_scored_in_float32():
     scores = out.token_loss[~out.token_loss.isnan()]
     assert out.token_loss.dtype == torch.float32 and len(scores.unique()) > .9 * len(scores)
     assert all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() for p in half.parameters())
+
+
+def test_a_new_metric_is_one_entry(monkeypatch):
+    "Three lines; a step trains on its tokens, and whoever misspells it is told its name first."
+    def surprise(scored): return scored.scores.loss - scored.scores.entropy
+    monkeypatch.setitem(METRICS, "surprise", Metric(surprise))
+    o = Objective(metric="surprise")
+
+    model = tiny_model()
+    out = o(model, batch)
+    out.loss.backward()
+    torch.optim.SGD(model.parameters(), lr=.1).step()
+    surprises = out.token_loss - out.token_entropy
+    assert surprises[out.selected].min() >= surprises[~out.selected & ~out.token_loss.isnan()].max()
+    assert o(model, batch).token_loss[out.selected].mean() < out.mle
+    assert torch.equal(out.selected, Objective(metric=surprise)(tiny_model(), batch).selected)
+    with pytest.raises(ValueError, match="metric is 'suprise'. Did you mean 'surprise'. Others are .*loss"):
+        Objective(metric="suprise")
+
+
+def test_a_new_weight_is_one_entry(monkeypatch):
+    "It sees the selected tokens only, and their logits if it wants them."
+    seen = []
+
+    def margin(scored):
+        seen.append(scored.layout.targets)
+        return scored.over_logits(lambda logits: logits.topk(2).values.diff().abs()[:, 0])
+    monkeypatch.setitem(WEIGHTS, "margin", Weight(margin, "logits"))
+    out = Objective(weight="margin")(tiny_model(), batch)
+    assert torch.equal(seen[0], batch["labels"][out.selected])
+    top = logits_of(tiny_model(), batch).topk(2).values[out.selected[:, 1:]]
+    expected = ((top[:, 0] - top[:, 1]) * out.token_loss[out.selected]).mean()
+    torch.testing.assert_close(out.mle, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_an_objective_needs_follows_from_its_rules():
+    needs = {name: Objective.preset(name) for name in ("masked_mle", "combined", "stm", "rho1", "eaft")}
+    assert [n for n, o in needs.items() if o.needs_teacher] == ["combined", "stm", "rho1"]
+    assert [n for n, o in needs.items() if o.needs_reference] == ["rho1"]
+    unread = Objective(metric=Metric(lambda scored: scored.teacher.loss, "teacher"), keep=1.)
+    assert not unread.needs_teacher  # all tokens are selected, so nobody reads the metric
+
+
+def test_a_weight_may_read_uncertainty_and_teacher_of_packed_documents():
+    r = rows()
+    packed = {k: torch.tensor([sum((row[k] for row in r), [])]) for k in ("input_ids", "labels")}
+    packed["position_ids"] = torch.tensor([[t for row in r for t in range(len(row["input_ids"]))]])
+    posterior, teacher = MCDropout(p=.1, samples=4), FrozenTeacher(tiny_model(seed=1))
+    weights = dict(posterior=lambda scored: scored.uncertainty.epistemic, teacher=lambda scored: scored.teacher.loss)
+    for needs, fn in weights.items():
+        o = Objective(weight=Weight(fn, needs), posterior=posterior)
+        out = o(tiny_model(), packed, teacher=teacher)
+        if needs == "posterior": weight = posterior(tiny_model(), packed).epistemic
+        else: weight = Objective.preset("mle")(teacher.model, packed).token_loss
+        expected = (weight * out.token_loss)[out.selected].mean()
+        torch.testing.assert_close(out.mle, expected, atol=1e-5, rtol=1e-5)

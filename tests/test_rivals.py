@@ -1,10 +1,10 @@
-"""Objectives of other papers against their own formulas, in float64 on plain logits: loss and gradient, for three families."""
+"""Objectives of other papers against their own formulas, in float64 on plain logits, for three families."""
 import math
 
 import pytest, torch
 
 from examples import flat_grad, logits_of, rows, tokenizer
-from uat_repro.data import Collator
+from uat_repro.tokens import Collator
 from uat_repro.distillation import FrozenTeacher
 from uat_repro.models import TINY, tiny_model
 from uat_repro.objective import Objective
@@ -27,7 +27,8 @@ def learnt(family: str, steps: int) -> torch.nn.Module:
 def log_probs(model) -> torch.Tensor: return logits_of(model, batch).double().log_softmax(-1)[valid]
 
 
-def of_labels(log_p: torch.Tensor) -> torch.Tensor: return -log_p.gather(-1, batch["labels"][:, 1:][valid][:, None])[:, 0]
+def of_labels(log_p: torch.Tensor) -> torch.Tensor:
+    return -log_p.gather(-1, batch["labels"][:, 1:][valid][:, None])[:, 0]
 
 
 def rho1(log_p, reference):
@@ -46,7 +47,7 @@ def stm(log_p, reference):
 
 
 def dft(log_p, reference):
-    "Wu et al. 2025 (2508.05629), equation 9: each loss times the token's own probability, through which no gradient flows."
+    "Wu et al. 2025 (2508.05629), equation 9: each loss times the token's own probability, without its gradient."
     loss = of_labels(log_p)
     return ((-loss).exp().detach() * loss).mean()
 
@@ -66,7 +67,8 @@ def eaft(log_p, reference):
 @pytest.mark.parametrize("family", TINY)
 @pytest.mark.parametrize("formula", [rho1, stm, dft, asft, eaft], ids=lambda f: f.__name__)
 def test_preset_is_the_formula_of_its_paper(family, formula):
-    student, teacher, reference = learnt(family, 8), FrozenTeacher(learnt(family, 35 if family == "tiny-gemma2" else 12)), learnt(family, 8).double()
+    student, reference = learnt(family, 8), learnt(family, 8).double()
+    teacher = FrozenTeacher(learnt(family, 35 if family == "tiny-gemma2" else 12))
     out = Objective.preset(formula.__name__)(student, batch, teacher=teacher)
     out.loss.backward()
     loss = formula(log_probs(reference), log_probs(teacher.model.double()).detach())
@@ -75,6 +77,6 @@ def test_preset_is_the_formula_of_its_paper(family, formula):
     torch.testing.assert_close(flat_grad(student).double(), flat_grad(reference), atol=1e-4, rtol=1e-3)
 
 
-def test_a_rule_that_asks_a_second_model_says_so():
+def test_a_rule_that_needs_a_second_model_says_so():
     for name in ("rho1", "stm", "asft"):
         with pytest.raises(ValueError, match="pass teacher="): Objective.preset(name)(tiny_model(), batch)

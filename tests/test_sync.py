@@ -1,5 +1,5 @@
 """What is generated agrees with what it is generated from."""
-import ast, shutil, subprocess, sys, tomllib
+import ast, re, shutil, subprocess, sys, tomllib
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -53,6 +53,12 @@ def test_readme_is_the_landing_page():
 def test_data_folder_does_not_hide_the_module():
     "`uat_repro/workflow/` holds data beside `uat_repro/workflow.py`; with an `__init__.py` in it Python would import the folder instead."
     assert not list((ROOT / "uat_repro" / "workflow").rglob("*.py"))
+
+
+def test_files_of_the_workflow_are_packaged():
+    patterns = re.findall(r'"(workflow/[^"]+)"', (ROOT / "setup.py").read_text(encoding="utf-8"))
+    packaged = {p for pattern in patterns for p in (ROOT / "uat_repro").glob(pattern)}
+    assert {p for p in (ROOT / "uat_repro" / "workflow").rglob("*") if p.is_file()} == packaged
 
 
 def test_exported_code_imports_no_test_tools():

@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
 from examples import flat_grad, rows, tokenizer
-from uat_repro.data import Collator
+from uat_repro.tokens import Collator
 from uat_repro.distillation import FrozenTeacher
 from uat_repro.models import tiny_model
 from uat_repro.objective import Objective, as_compute_loss_func
@@ -22,37 +22,53 @@ class InOrder(UncertaintyAwareTrainer):
     def _get_train_sampler(self, train_dataset=None): return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-@pytest.mark.parametrize("objective", [Objective(scope="sequence", distill_weight=.5), Objective.preset("mle"), Objective(scope="sequence", metric="entropy", keep=.5)], ids=str)
+BY_SEQUENCE = [
+    Objective(scope="sequence", distill_weight=.5), Objective.preset("mle"),
+    Objective(scope="sequence", metric="entropy", keep=.5),
+]
+
+
+@pytest.mark.parametrize("objective", BY_SEQUENCE, ids=str)
 def test_accumulation_changes_nothing(objective, tmp_path):
     "Six documents in steps of four: the second step is short, and its micro-batches are ragged."
     def weights(size, accumulation):
-        args = TrainingArguments(str(tmp_path), num_train_epochs=1, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, optim="sgd",
-                                 learning_rate=.5, max_grad_norm=0, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True)
-        trainer = InOrder(tiny_model(), args, objective, FrozenTeacher(tiny_model(seed=1)), train_dataset=rows(), processing_class=tokenizer)
+        args = TrainingArguments(
+            str(tmp_path), num_train_epochs=1, per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation, optim="sgd", learning_rate=.5, max_grad_norm=0,
+            save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True)
+        teacher = FrozenTeacher(tiny_model(seed=1))
+        trainer = InOrder(tiny_model(), args, objective, teacher, train_dataset=rows(), processing_class=tokenizer)
         trainer.train()
         assert trainer.state.global_step == 2
         return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
     whole = weights(4, 1)
-    for size, accumulation in ((2, 2), (1, 4)): torch.testing.assert_close(weights(size, accumulation), whole, atol=2e-5, rtol=1e-4)
+    for size, accumulation in ((2, 2), (1, 4)):
+        torch.testing.assert_close(weights(size, accumulation), whole, atol=2e-5, rtol=1e-4)
 
 
 def test_activation_checkpointing_changes_nothing(tmp_path):
     "The layers run again in the backward, on documents in a row; afterwards the model generates as before."
     def trained(checkpointing):
-        args = TrainingArguments(str(tmp_path), num_train_epochs=1, per_device_train_batch_size=4, learning_rate=1e-2, gradient_checkpointing=checkpointing, save_strategy="no",
-                                 report_to="none", disable_tqdm=True, use_cpu=True)
-        trainer = InOrder(tiny_model(), args, "combined", FrozenTeacher(tiny_model(seed=1)), train_dataset=rows(), processing_class=tokenizer)
+        args = TrainingArguments(
+            str(tmp_path), num_train_epochs=1, per_device_train_batch_size=4, learning_rate=1e-2,
+            gradient_checkpointing=checkpointing, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True)
+        teacher = FrozenTeacher(tiny_model(seed=1))
+        trainer = InOrder(tiny_model(), args, "combined", teacher, train_dataset=rows(), processing_class=tokenizer)
         trainer.train()
-        prompt = tokenizer(["Count", "Say more than that"], return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
-        return torch.cat([p.detach().flatten() for p in trainer.model.parameters()]), trainer.model.eval().generate(**prompt, max_new_tokens=8, do_sample=False)
+        weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+        prompt = tokenizer(["Count", "Say more than that"], return_tensors="pt", padding=True, padding_side="left",
+                           return_token_type_ids=False)
+        return weights, trainer.model.eval().generate(**prompt, max_new_tokens=8, do_sample=False)
     (plain, said), (checkpointed, again) = trained(False), trained(True)
     torch.testing.assert_close(checkpointed, plain, atol=1e-5, rtol=1e-4)
     assert torch.equal(said, again)
 
 
 SPLIT = {
-    "sequence": Objective(scope="sequence", distill_weight=.5), "global": Objective(scope="global", distill_weight=.5), "mle": Objective.preset("mle"),
-    "global documents": Objective(granularity="document", scope="global", keep=.5, distill_weight=.5, distill_on="all"),
+    "sequence": Objective(scope="sequence", distill_weight=.5), "global": Objective(scope="global", distill_weight=.5),
+    "mle": Objective.preset("mle"),
+    "global documents": Objective(
+        granularity="document", scope="global", keep=.5, distill_weight=.5, distill_on="all"),
 }
 
 
@@ -98,7 +114,8 @@ def test_two_processes_equal_one(parts, tmp_path):
 def lonely(rank):
     "Rank 1 has a prompt without a response."
     mine = [dict(rows()[0], labels=[-100] * len(rows()[0]["labels"]))] if rank else [rows()[2]]
-    for o in (Objective(), Objective(scope="global"), Objective.preset("combined"), Objective(granularity="document", scope="global")):
+    documents = Objective(granularity="document", scope="global")
+    for o in (Objective(), Objective(scope="global"), Objective.preset("combined"), documents):
         gradient, loss = step(o, mine)
         assert gradient.isfinite().all() and gradient.any() and (rank == 0 or loss == 0)
 
@@ -110,10 +127,13 @@ def test_a_rank_without_response_tokens_takes_part(tmp_path):
 def test_trl_takes_the_loss_function(tmp_path):
     trl = pytest.importorskip("trl", reason="TRL is an optional companion: pip install trl")
     from datasets import Dataset
-    args = trl.SFTConfig(str(tmp_path), max_steps=2, per_device_train_batch_size=3, gradient_accumulation_steps=2, learning_rate=1e-2, report_to="none", use_cpu=True,
-                         disable_tqdm=True, save_strategy="no", logging_steps=1, dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, bf16=False)
-    trainer = trl.SFTTrainer(tiny_model(), args, train_dataset=Dataset.from_list([{k: r[k] for k in ("input_ids", "labels")} for r in rows()]),
-                             processing_class=tokenizer, data_collator=Collator(tokenizer), compute_loss_func=as_compute_loss_func(Objective()))
+    args = trl.SFTConfig(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=3, gradient_accumulation_steps=2, learning_rate=1e-2,
+        report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1,
+        dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, bf16=False)
+    dataset = Dataset.from_list([{k: r[k] for k in ("input_ids", "labels")} for r in rows()])
+    trainer = trl.SFTTrainer(tiny_model(), args, train_dataset=dataset, processing_class=tokenizer,
+                             data_collator=Collator(tokenizer), compute_loss_func=as_compute_loss_func(Objective()))
     trainer.train()
     losses = [r["loss"] for r in trainer.state.log_history if "loss" in r]
     plain = Objective.preset("mle")(tiny_model(), collate(rows())).loss.item()

