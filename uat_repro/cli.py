@@ -1,4 +1,4 @@
-"""`uat-repro`: reproduce the figures, train a model, colour the tokens of a data set, and report what this machine can do
+"""`uat-repro`: reproduce the figures, train a model, colour the tokens of a data set, and say what works here
 
 Docs: https://uat-repro.github.io/uat-repro/api/cli.html.md"""
 
