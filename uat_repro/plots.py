@@ -126,10 +126,9 @@ def plot_correlations(
     "Heat maps of rank correlations between uncertainties and scores."
     _check(frame, "model", "dataset", "uncertainty", "score", "estimate", "low", "high")
     rows, columns = (list(dict.fromkeys(frame[c])) for c in ("uncertainty", "score"))
-    order = {c: pd.Categorical(frame[c], frame[c].unique()) for c in ("model", "dataset")}  # that of the table
+    frame = frame.assign(**{c: pd.Categorical(frame[c], frame[c].unique()) for c in ("model", "dataset")})
     draw, size = partial(_draw_correlations, rows=rows, columns=columns), (1.3, 1.25 * len(columns) + .3)
-    height = .5, .55 * len(rows) + .55
-    fig, axes = _facets(frame.assign(**order), ["dataset"], ["model"], draw, size, height, sharey=True)
+    fig, axes = _facets(frame, ["dataset"], ["model"], draw, size, (.5, .55 * len(rows) + .55), sharey=True)
     scale = mpl.cm.ScalarMappable(mpl.colors.Normalize(-1, 1), "vlag")
     bar = fig.colorbar(scale, ax=axes, shrink=.9, aspect=25, pad=.02, label="Spearman's rank correlation")
     bar.outline.set_visible(False)
