@@ -1,23 +1,24 @@
 """The experiment notebooks, run whole."""
+import json, subprocess, sys
 from pathlib import Path
-
-import papermill
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(name: str, **parameters) -> None:
-    "Execute an experiment notebook, and keep its files only."
+def start(name: str, **parameters) -> subprocess.Popen:
+    "Execute an experiment notebook in a process of its own, and keep its files only."
     notebook = ROOT / "nbs" / "experiments" / f"{name}.ipynb"
-    papermill.execute_notebook(notebook, None, parameters, kernel_name="python3", progress_bar=False, cwd=ROOT)
+    command = [sys.executable, "-m", "papermill", "--kernel", "python3", "--no-progress-bar", str(notebook), "-"]
+    return subprocess.Popen([*command, "-y", json.dumps(parameters)], cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
 def test_the_same_run_leaves_the_same_files_bit_for_bit(tmp_path):
-    "Every experiment twice, in two processes; only its cost may differ."
+    "Every experiment twice, in two processes at once; only its cost may differ."
     first, second = tmp_path / "a", tmp_path / "b"
 
     def go(name, out, **parameters):
-        for folder in (first, second): run(name, **parameters, out=str(folder / out))
+        both = [start(name, **parameters, out=str(folder / out)) for folder in (first, second)]
+        assert [process.wait() for process in both] == [0, 0], name
         files = sorted(p for p in (first / out).rglob("*") if p.is_file() and p.name != "cost.json")
         assert any(p.name == "result.json" for p in files)
         for p in files: assert p.read_bytes() == (second / p.relative_to(first)).read_bytes(), p.name
