@@ -103,3 +103,12 @@ def test_a_picture_is_saved_with_its_numbers(tmp_path):
     assert [float(v) for v in back.per_seed[0].split()] == pytest.approx(frame.per_seed[0])
     assert save_figure(plot_gains(frame), tmp_path / "again.png", frame).read_bytes() == data
     with pytest.raises(ValueError, match="does not end in .png"): save_figure(None, tmp_path / "x.svg", frame)
+
+
+def test_the_margin_is_a_grey_band():
+    lines = pd.DataFrame([dict(trained_on="a", x=x, kind="k", estimate=x, low=x - .1, high=x + .3, margin=.02)
+                          for x in (.1, .5)])
+    for fig, ends in ((plot_gains(effects(margin=.02)), lambda b: (b.get_x(), b.get_width())),
+                      (plot_effects(lines, "x", "kind"), lambda b: (b.get_y(), b.get_height()))):
+        assert [ends(b) for ax in fig.axes for b in ax.patches] == [pytest.approx((-.02, .04))] * len(fig.axes)
+    assert not plot_gains(effects()).axes[0].patches

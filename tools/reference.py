@@ -1,10 +1,12 @@
-"""Keep a finished run as the one that the README quotes: its claims, its figures, and what each result was made with and took.
+"""Keep a finished run as the one that the README quotes: its claims, its figures, the tables that the claims are judged
+from, and what each result was made with and took.
 
     python tools/reference.py results reference/cpu
 """
 import shutil, sys
 from pathlib import Path
 
+from uat_repro.claims import gather
 from uat_repro.results import read_about, read_json, result_files, write_json
 
 
@@ -13,6 +15,8 @@ def keep(results: Path, reference: Path) -> None:
     shutil.rmtree(reference, ignore_errors=True)
     shutil.copytree(results / "figures", reference / "figures")
     for name in ("claims.json", "claims.md", "profile.json", "manifest.json"): shutil.copy(results / name, reference)
+    for name, table in gather(results).items():  # of all runs, one below the other
+        table.to_parquet(reference / f"{name}.parquet", index=False, compression="zstd")
     for file in result_files(read_json(results / "profile.json")):
         folder = (results / file).parent
         about = read_about(folder) | dict(cost=read_json(folder / "cost.json"))

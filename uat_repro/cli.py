@@ -74,15 +74,16 @@ def reproduce(
 # %% ../nbs/api/18_cli.ipynb #18-cli-16
 @app.command()
 def claims(
-    workdir: Annotated[Path, typer.Argument(help="Folder of results.")] = Path("results"),
+    workdir: Annotated[Path, typer.Argument(help="Folder of results, or a reference.")] = Path("results"),
     data_dir: _DataDir = None,
 ):
     "Print the claims; the exit status is 1 where a result is missing or older than the code that makes it."
     table, config, remedy = workdir / "claims.md", workdir / "profile.json", "run `uat-repro reproduce` again"
-    if not table.exists():
+    from uat_repro import claims as judging, plots  # they import SciPy, which few commands need
+    if not (judged := judging.judge_folder(workdir)) and not table.exists():
         raise FileNotFoundError(f"{workdir} holds no claims: run `uat-repro reproduce`, or give the folder of results")
-    print(table.read_text(encoding="utf-8"))
-    if not config.exists(): return
+    print(judging.claims_table(judged, plots.label) if judged else table.read_text(encoding="utf-8"))
+    if not config.exists() or (workdir / "records.parquet").exists(): return  # a reference has no runs
     if missing := [f for f in result_files(read_json(config)) if not (workdir / f).exists()]:
         raise FileNotFoundError(f"{len(missing)} results are missing, first {missing[0]}: {remedy}")
     if stale := plan(snakemake_command(workdir, notebooks_folder(), data_dir=data_dir)):

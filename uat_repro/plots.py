@@ -143,13 +143,13 @@ def _ordered(names: Iterable[str]) -> list[str]:
 # %% ../nbs/api/16_plots.ipynb #16-plots-25
 def _draw_gains(ax: Axes, part: pd.DataFrame, objectives: list[str]) -> None:
     "Intervals, estimates and seeds of one panel; objectives from top to bottom."
+    for margin in set(part.get("margin", ())): ax.axvspan(-margin, margin, color="#ebebeb", lw=0, zorder=0)
     ax.axvline(0, color="#333333", lw=.9, zorder=1)
     for row in part.itertuples():
         y, how = objectives.index(row.objective), look(row.objective)
-        below = np.full(len(row.per_seed), y + .38)
         ax.plot([row.low, row.high], [y, y], color=how.colour, lw=9, alpha=.35, solid_capstyle="butt", zorder=2)
         ax.plot(row.estimate, y, how.marker, color=how.colour, ms=6, mec="white", mew=.3, zorder=4)
-        ax.plot(row.per_seed, below, "o", color=how.colour, ms=2.6, alpha=.9, zorder=3)
+        ax.plot(row.per_seed, [y + .38] * len(row.per_seed), "o", color=how.colour, ms=2.6, alpha=.9, zorder=3)
     ax.set(ylim=(len(objectives) - .35, -.55), yticks=range(len(objectives)))
     ax.set_yticklabels([look(o).label for o in objectives])
     ax.grid(axis="x")
@@ -169,7 +169,7 @@ def plot_gains(
     draw, height = partial(_draw_gains, objectives=objectives), (.7, .55 + .27 * len(objectives))
     fig, axes = _facets(frame, rows, columns, draw, (1.6, 1.9, 5), height, sharey=True, sharex="row")
     for ax in axes[:, 1:].flat: ax.tick_params(axis="y", length=0)
-    fig.supxlabel(f"{xlabel}\nmarker: estimate; bar: its interval; small points: seeds", size=8.5)
+    fig.supxlabel(f"{xlabel}\nmarker: estimate; bar: its interval; small points: seeds; grey: the margin", size=8.5)
     return fig
 
 # %% ../nbs/api/16_plots.ipynb #16-plots-29
@@ -225,6 +225,7 @@ def _draw_lines(ax: Axes, part: pd.DataFrame, x: str, hue: str, lines: list) -> 
         bars = np.abs(at[["low", "high"]].to_numpy().T - at["estimate"].to_numpy())  # (2, points)
         style = dict(color=_LINES[n % 6], marker="osD^vP"[n % 6], ms=5, lw=1.5, elinewidth=.9, capsize=2)
         ax.errorbar(at[x], at["estimate"], bars, label=label(line), **style, **_DOT)
+    for margin in set(part.get("margin", ())): ax.axhspan(-margin, margin, color="#ebebeb", lw=0, zorder=0)
     ax.axhline(0, color="#333333", lw=.8)
     ax.grid(axis="y")
 
@@ -257,8 +258,7 @@ def plot_forest(
     xlabel: str,  # axis label, with its unit
 ) -> Figure:  # one panel
     "Effects with intervals, one below the other."
-    rows = [{"objective": name, **vars(effect)} for name, effect in effects.items()]
-    fig = plot_gains(pd.DataFrame(rows), (), (), xlabel)
+    fig = plot_gains(pd.DataFrame([{"objective": name, **vars(e)} for name, e in effects.items()]), (), (), xlabel)
     fig.set_figwidth(7)  # names may be long
     return fig
 
