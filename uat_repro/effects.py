@@ -93,7 +93,7 @@ _LOSSES, _SHARES = ("nll", "nll_hard", "nll_easy", "kl", "loss"), ("accuracy", "
 MEASURES = {**dict.fromkeys(_LOSSES, Measured("nats", "lower", MARGINS["nats"])),
             **dict.fromkeys(_SHARES, Measured("share of tokens", "higher", MARGINS["share of tokens"])),
             **dict.fromkeys(("entropy", "total", "aleatoric", "epistemic"), Measured("nats", "lower")),
-            "gain": Measured("nats", "higher", MARGINS["nats"]),
+            "gain": Measured("nats", "higher"),
             "share": Measured("share of the uncertainty", "lower")}
 
 # %% ../nbs/api/12_effects.ipynb #12-effects-14
