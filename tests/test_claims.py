@@ -25,7 +25,7 @@ def judged(claim, *settings):
 
 @pytest.mark.parametrize("settings, expected", [
     ([(GOOD, GOOD)], "supported"), ([(GOOD, OPEN)], "1 supported; 1 undecided"),
-    ([(BAD, OPEN), (GOOD, OPEN)], "1 contradicted; 2 undecided; 1 supported"), ([], NOT_MEASURED),
+    ([(BAD, OPEN), (GOOD, OPEN)], "1 supported; 2 undecided; 1 contradicted"), ([], NOT_MEASURED),
 ])
 def test_a_verdict_counts_those_of_its_measures(settings, expected): assert judged("C8", *settings).verdict == expected
 
@@ -144,7 +144,7 @@ def followed(objective="mle", held=(False, True)):
 def test_c9_needs_its_columns_and_finds_a_slower_fall():
     table = followed()
     found = {j.claim.id: j for j in judge(CLAIMS.values(), dynamics=table)}
-    assert [f.setting["tokens"] for f in found["C9"].findings] == ["trained", "held out"]
+    assert [f.setting["tokens"] for f in found["C9"].findings] == ["held out", "trained"]
     assert found["C9"].verdict == "supported"
     assert all(f.effect.low < .4 < f.effect.high and f.effect.seeds == 4 for f in found["C9"].findings)
     for column in ("held_out", "aleatoric_initial"):

@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 import pandas as pd, yaml
 
-from .effects import EQUIVALENCE, LEVEL, RUN, SETTING, Effect, detectable, gains, shares, simultaneous, verdict
+from .effects import EQUIVALENCE, LEVEL, RUN, SETTING, VERDICTS, Effect, detectable, gains, shares
+from .effects import simultaneous, verdict
 from .results import figures, markdown_table, read_json, read_table, write_json, write_whole
 from .tokenwise import coefficient, correlation, correlation_difference, curriculum, slope_effect
 
@@ -143,7 +144,8 @@ def measure_effects(
     "Measure one thing in every setting."
     test, table = TESTS[measure.test], tables.get(TESTS[measure.test].table)
     if table is None or not {*test.needs} <= {*table}: return []
-    return [(dict(zip(test.columns, key)), effect) for key, effect in test.effects(measure, table).items()]
+    found = sorted(test.effects(measure, table).items(), key=lambda item: tuple(map(str, item[0])))
+    return [(dict(zip(test.columns, key)), effect) for key, effect in found]
 
 # %% ../nbs/api/13_claims.ipynb #13-claims-31
 NOT_MEASURED = "not measured in this profile"
@@ -167,7 +169,7 @@ class Judged:
         "The verdicts of all measures and settings."
         counts = Counter(f.verdict for f in self.findings)
         if not counts: return NOT_MEASURED
-        return next(iter(counts)) if len(counts) == 1 else "; ".join(f"{n} {v}" for v, n in counts.items())
+        return next(iter(counts)) if len(counts) == 1 else "; ".join(f"{counts[v]} {v}" for v in VERDICTS if counts[v])
 
 # %% ../nbs/api/13_claims.ipynb #13-claims-34
 def judge(
