@@ -139,7 +139,7 @@ def test_a_run_of_the_profile_through_its_notebooks(folders, tmp_path):
     prepared |= dict(spec=str(folders[run["model"]]), counts=dict(train=12, validation=2, test=4))
     go("experiments/prepare", **prepared, model=run["model"], dataset=run["dataset"], data_dir=str(data_dir),
        out="prepared")
-    small = dict(documents=4, batch_size=4, micro_batch=2, learning_rates=[1e-3], evaluate_records=4, seeds=[0, 1],
+    small = dict(documents=4, batch_size=4, micro_batch=2, learning_rate=1e-3, seeds=[0, 1],
                  samples=4, benchmarks=dict(tasks=["gsm8k"], limit=2, max_new_tokens=4))
     settings = {**parameters(PROFILE, "train", **run), **small}
     go("experiments/train", **settings, prepared=dict(gsm8k="prepared"), dataset="gsm8k", regime="one_pass",

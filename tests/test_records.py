@@ -117,7 +117,7 @@ def test_gsm_symbolic_is_what_the_generator_makes():
     answers = {problem["question"].strip(): problem["answer"].strip() for problem in problems}
     records = load_records("gsm_symbolic", "all", limit=300)
     for question, answer in (r["messages"] for r in records): assert answers[question["content"]] == answer["content"]
-    assert {split_of(r["id"]) for r in records} == {*SPLITS}
+    assert {split_of(r["id"], cluster=int(r["cluster"].split("/")[1])) for r in records} == {*SPLITS}
 
 
 @needs_gsm_symbolic

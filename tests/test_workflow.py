@@ -39,7 +39,7 @@ def profile(tmp_path):
     "The smallest grid: one model, one data set, one objective; a function that writes it, with sections changed."
     p = yaml.safe_load((FLOW / "profiles" / "smoke.yaml").read_text())
     train = {k: v for k, v in p["train"].items() if k != "grid"} | dict(regimes=["repeated"], where=[dict(objectives=["mle"], track=2)])
-    p.update(models={"tiny-llama": p["models"]["tiny-llama"]}, datasets=["sharegpt"], objectives={"mle": {}}, seeds=[0], figures={}, train=train)
+    p.update(models={"tiny-llama": p["models"]["tiny-llama"]}, datasets={"sharegpt": {}}, objectives={"mle": {}}, seeds=[0], figures={}, train=train)
     def write(**changes):
         (tmp_path / "small.yaml").write_text(yaml.safe_dump({**p, **changes}))
         return str(tmp_path / "small.yaml")
@@ -89,7 +89,6 @@ def test_fails_mends_and_reruns_only_what_changed(nbs, profile, tmp_path, capfd)
     (dict(train=dict(bach_size=1)), "section 'train' sets 'bach_size', which experiments/train.ipynb does not have: did you mean 'batch_size'?"),
     (dict(objectives=dict(mle={}, unused=dict(chnages={}))), "'chnages', .* did you mean 'changes'?"),
     (dict(figures=dict(fig4=dict(panel=2))), "section 'fig4' sets 'panel', .* did you mean 'panels'?"),
-    (dict(regimes=dict(repeated=dict(rate_from="one_pas"), one_pass={})), "rate_from of train is 'one_pas': did you mean 'one_pass'?"),
 ])
 def test_wrong_parameters_are_refused(nbs, profile, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message.replace("?", r"\?")): reproduce(profile(**changes), workdir=tmp_path / "results", notebooks=nbs)
@@ -152,9 +151,10 @@ def test_profiles_fit_the_notebooks(name, tmp_path):
     claim_folder(tmp_path / "results", p)
     runs = plan(snakemake_command(tmp_path / "results", ROOT / "nbs"))
     assert len(runs) == len(result_files(p)) + len(figures(p))
-    assert all(p["posteriors"][k] == p["uncertainty"][k] for k in ("candidates", "samples")), "E9 shows what the rule chose from"
+    assert all(p[e]["seconds"] for e in EXPERIMENTS if e in p) and p["figures"]["seconds"]
+    if name == "cpu": return  # it decides the claims and leaves everything else to cpu-full
+    assert p["posteriors"]["candidates"] == p["uncertainty"]["candidates"], "E9 shows what the rule chose from"
     assert {FIGURES[f]["notebook"] for f in figures(p)} == {f["notebook"] for f in FIGURES.values()}, "every figure notebook is used"
-    assert all(p[e]["seconds"] for e in EXPERIMENTS) and p["figures"]["seconds"]
 
 
 def test_figures_come_as_soon_as_they_can():

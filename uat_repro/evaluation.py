@@ -20,7 +20,7 @@ import pandas as pd
 import torch, yaml
 from torch import Tensor, nn
 
-from .head import scores_and_divergence, token_scores
+from .head import TokenScores, scores_and_divergence, token_scores
 from .models import Head, eval_mode, head_of, hidden_states
 from .tokens import Layout, lay_out
 
@@ -78,6 +78,7 @@ class Initial(NamedTuple):
 class Baseline:
     "The initial model on a set of batches, for comparison."
     batches: Sequence[Initial]  # one for each batch
+    scores: Sequence[TokenScores]  # of the tokens of each batch
     records: pd.DataFrame  # measures of the initial model itself, as `by_record`, with a divergence of 0
 
 # %% ../nbs/api/10_evaluation.ipynb #10-evaluation-20
@@ -96,17 +97,18 @@ def measure_baseline(
     model: nn.Module,  # the initial model
     batches: Sequence[Mapping],  # held-out records, with `labels` and `id`
     states: Callable[[Mapping], Tensor] | None = None,  # last states (B, T, H) of a batch, where they are kept
+    scores: Sequence[TokenScores] | None = None,  # of the tokens of each batch, where they are kept
 ) -> Baseline:  # for `evaluate`, as training goes on
     "Measure the initial model and keep what later measurements are compared with. Raises where there is no batch."
     _check_batches(batches)
     head = Head(*(x.clone() if isinstance(x, Tensor) else x for x in head_of(model)))  # training changes the original
     layouts = [lay_out(b) for b in batches]
     with eval_mode(model): kept = [_initial_states(model, b, layout, states) for b, layout in zip(batches, layouts)]
-    scores = [token_scores(h, layout.targets, head) for h, layout in zip(kept, layouts)]
+    scores = scores or [token_scores(h, layout.targets, head) for h, layout in zip(kept, layouts)]
     hard = hardest([s.loss for s in scores])
     measures = [Measures(s.loss, s.entropy, s.correct.float(), torch.zeros_like(s.loss)) for s in scores]
     records = pd.concat(map(by_record, layouts, (b["id"] for b in batches), hard, measures), ignore_index=True)
-    return Baseline([Initial(h, head, s.log_z, mask) for h, s, mask in zip(kept, scores, hard)], records)
+    return Baseline([Initial(h, head, s.log_z, mask) for h, s, mask in zip(kept, scores, hard)], scores, records)
 
 # %% ../nbs/api/10_evaluation.ipynb #10-evaluation-25
 def _measure(model: nn.Module, batch: Mapping, layout: Layout, initial: Initial | None) -> Measures:

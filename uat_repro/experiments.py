@@ -22,31 +22,52 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from .cache import CachedDataset, HiddenCache
-from .evaluation import Baseline, measure_baseline
+from .evaluation import Baseline, TokenScores, measure_baseline
 from .models import autocast, load_model, split_layers
 from .objective import Objective
 from .results import cost, manifest, read_about, write_frame, write_json
-from .tokens import Collator
+from .tokens import Collator, lay_out, token_frame
 from .training import train_in_memory
 from .uncertainty import MCDropout
 
 # %% ../nbs/api/14_experiments.ipynb #14-experiments-05
+def _short_first(rows: Sequence, batch_size: int) -> list[list[int]]:
+    "Row numbers in batches of similar length."
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    return [order[k:k + batch_size] for k in range(0, len(order), batch_size)]
+
+def _initial_scores(model: nn.Module, rows: Sequence, last: HiddenCache, tokenizer) -> pd.DataFrame:
+    "The initial model's scores of every response token of some rows."
+    rows, device = list(rows), PartialState().device
+    batches = [send_to_device(dict(Collator(tokenizer)([rows[i] for i in some])), device)
+               for some in _short_first(rows, 10)]
+    found = measure_baseline(model, batches, last.states_of).scores
+    parts = [token_frame(b, tokenizer, **{name: lay_out(b).spread(x) for name, x in s._asdict().items()})
+             for b, s in zip(batches, found)]
+    clusters = {row["id"]: row["cluster"] for row in rows}
+    return pd.concat(parts, ignore_index=True).assign(cluster=lambda t: t["record"].map(clusters))
+
+# %% ../nbs/api/14_experiments.ipynb #14-experiments-06
 def prepare(
     model: PreTrainedModel,  # a causal language model
     splits: Mapping[str, Dataset],  # split -> encoded rows, from `encode_all`
     folder: str | Path,  # folder to write into
+    tokenizer,  # for padding
     layer: int = 0,  # keep the states that enter this layer; 0 keeps tokens only
-) -> None:
-    "Write the rows of a data set, and the states that experiments start from."
+) -> pd.DataFrame:  # split, record, cluster, position, token, and `TokenScores` of held-out rows
+    "Write the rows of a data set, and the states that experiments start from; scores of the initial model."
+    found = []
     for split, rows in splits.items():
         rows.save_to_disk(f"{folder}/{split}")
         network, given = model, rows
         if layer:
             below = HiddenCache.build(model, rows, f"{folder}/{split}-states", layer)
             network, given = split_layers(model, layer)[1], CachedDataset(rows, below)
-        HiddenCache.build(network, given, f"{folder}/{split}-last")
+        last = HiddenCache.build(network, given, f"{folder}/{split}-last")
+        if split != "train": found.append(_initial_scores(network, rows, last, tokenizer).assign(split=split))
+    return pd.concat(found, ignore_index=True)
 
-# %% ../nbs/api/14_experiments.ipynb #14-experiments-09
+# %% ../nbs/api/14_experiments.ipynb #14-experiments-10
 def finish(
     out: str | Path,  # folder of the result
     identity: Mapping[str, str],  # the columns that name the run: model, dataset, ...
@@ -64,7 +85,7 @@ def finish(
     made_with = manifest(seeds, data=data, weights=weights)
     write_json(f"{out}/result.json", dict(identity=dict(identity), **about, manifest=made_with))
 
-# %% ../nbs/api/14_experiments.ipynb #14-experiments-12
+# %% ../nbs/api/14_experiments.ipynb #14-experiments-13
 def _told(*keys: str) -> property:
     "A property that reads `result.json`."
     def read(data):
@@ -73,7 +94,7 @@ def _told(*keys: str) -> property:
         return found
     return property(read)
 
-# %% ../nbs/api/14_experiments.ipynb #14-experiments-13
+# %% ../nbs/api/14_experiments.ipynb #14-experiments-14
 @dataclass(frozen=True)
 class _Described:
     folder: Path  # written by `prepare`
@@ -95,7 +116,7 @@ class _Described:
         "A prepared data set, with all that its `result.json` says."
         return cls(Path(folder), read_about(folder))
 
-# %% ../nbs/api/14_experiments.ipynb #14-experiments-16
+# %% ../nbs/api/14_experiments.ipynb #14-experiments-17
 def _drawn(pool: int, number: int, documents: int, times: int) -> list[int]:
     "Numbers of the training rows in a part of the shuffled pool, or in `times` of them."
     if pool < (needed := documents * max(number + 1, times)):
@@ -104,7 +125,7 @@ def _drawn(pool: int, number: int, documents: int, times: int) -> list[int]:
     order = torch.randperm(pool, generator=torch.Generator().manual_seed(0)).tolist()
     return [order[(number * documents + i) % pool] for i in range(times * documents)]
 
-# %% ../nbs/api/14_experiments.ipynb #14-experiments-18
+# %% ../nbs/api/14_experiments.ipynb #14-experiments-19
 class _Stored(_Described):
     def rows(
         self,
@@ -129,18 +150,22 @@ class _Stored(_Described):
         "The initial model's last states of a split, for a `CachedTeacher` or a baseline."
         return HiddenCache(f"{self.folder}/{split}-last")
 
-# %% ../nbs/api/14_experiments.ipynb #14-experiments-21
+    def initial(self, split: str) -> pd.DataFrame:
+        "The initial model's scores of the response tokens of held-out rows."
+        table = pd.read_parquet(f"{self.folder}/initial.parquet")
+        return table[table["split"] == split].reset_index(drop=True)
+
+    def clusters(self, split: str) -> dict[str, str]:  # id of a row -> its cluster
+        "What is independent among the rows of a split."
+        rows = load_from_disk(f"{self.folder}/{split}")
+        return dict(zip(rows["id"], rows["cluster"]))
+
+# %% ../nbs/api/14_experiments.ipynb #14-experiments-22
 def _top(model: PreTrainedModel, layer: int) -> PreTrainedModel:
     "The layers above `layer`, with embeddings and head frozen."
     top = split_layers(model, layer)[1]
     for part in (top.get_input_embeddings(), top.get_output_embeddings()): part.requires_grad_(False)
     return top
-
-# %% ../nbs/api/14_experiments.ipynb #14-experiments-22
-def _short_first(rows: Sequence, batch_size: int) -> list[list[int]]:
-    "Row numbers in batches of similar length."
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    return [order[k:k + batch_size] for k in range(0, len(order), batch_size)]
 
 # %% ../nbs/api/14_experiments.ipynb #14-experiments-23
 class Prepared(_Stored):
@@ -168,9 +193,11 @@ class Prepared(_Stored):
 
     def held_out(self, split: str, model: nn.Module, tokenizer, records: int) -> tuple[list[dict], Baseline]:
         "Batches as above, and the initial model on them, for `evaluate`."
-        batches = self.batches(split, tokenizer, records)
-        kept = self.last_states(split).states_of
-        with autocast(self.precision): return batches, measure_baseline(model, batches, kept)
+        batches, of = self.batches(split, tokenizer, records), dict(list(self.initial(split).groupby("record")))
+        tables = [pd.concat([of[record] for record in b["id"]]) for b in batches]
+        column = lambda table, name: torch.as_tensor(table[name].to_numpy(), device=PartialState().device)
+        scores = [TokenScores(*(column(table, name) for name in TokenScores._fields)) for table in tables]
+        return batches, measure_baseline(model, batches, self.last_states(split).states_of, scores)
 
 # %% ../nbs/api/14_experiments.ipynb #14-experiments-28
 @dataclass(frozen=True)

@@ -85,9 +85,12 @@ SPLITS = ("train", "validation", "test")
 def split_of(
     id: str,  # a record's id
     own: Iterable[str] = (),  # splits that the source provides itself
+    cluster: int | None = None,  # number of the group of kin that the record belongs to
 ) -> str:  # "train", "validation" or "test"
-    "The side on which a record falls: 80% train, 10% validation, 10% test."
-    side = {8: "validation", 9: "test"}.get(int(id, 16) % 10, "train")
+    "The side of a record: 80% train, 10% validation, 10% test; of clusters 60%, 10% and 30%."
+    sides = ("validation", "test") if cluster is None else ("test", "test", "test", "validation")
+    last = int(id, 16) % 10 - 8 if cluster is None else cluster % 10
+    side = sides[last] if 0 <= last < len(sides) else "train"
     return "train" if side in own else side
 
 # %% ../nbs/api/00_records.ipynb #00-records-23
@@ -183,8 +186,9 @@ def _open_gsm_symbolic() -> Callable:
 
     def stream(complain: Callable[[str], None]) -> Iterator[tuple[str, dict]]:
         for i in range(len(problems)):
-            item = problems[i]
-            yield f"gsm_symbolic, problem {i}", dict(question=item["question"], answer=item["metadata"]["answer_cot"])
+            item, template = problems[i], int(problems.task_indices[i])
+            yield f"gsm_symbolic, problem {i}", dict(question=item["question"], answer=item["metadata"]["answer_cot"],
+                                                     cluster=template)
     return stream
 
 # %% ../nbs/api/00_records.ipynb #00-records-39
@@ -265,7 +269,7 @@ def _records(
     streams: Iterable,  # functions that start a stream of (place, raw record)
     source: str,  # name to write into the records
     complain: Callable[[str], None],  # called with a message about each unusable record
-) -> Iterator[dict]:  # `{"id", "messages", "source"}`, each id once
+) -> Iterator[dict]:  # `{"id", "messages", "source"}`, perhaps `cluster`, each id once
     "All usable records of some streams."
     seen, repeated = set(), 0
     for place, raw in (pair for stream in streams for pair in stream(complain)):
@@ -274,12 +278,17 @@ def _records(
             complain(f"{place}: {e}")
             continue
         record = dict(id=record_id(messages), messages=messages, source=source)
+        if isinstance(number := raw.get("cluster"), int): record["cluster"] = f"{source}/{number}"
         if record["id"] in seen: repeated += 1
         else: yield record
         seen.add(record["id"])
     if repeated: _log.info("%s: %d repeated records were left out", source, repeated)
 
 # %% ../nbs/api/00_records.ipynb #00-records-52
+def _cluster_number(record: dict) -> int | None:
+    "The number of a record's cluster, if it has one."
+    return int(record["cluster"].rsplit("/", 1)[1]) if "cluster" in record else None
+
 def _split(
     parts: dict[str, list[Callable]],  # split -> streams
     split: str,  # train, validation, test, or all
@@ -290,7 +299,7 @@ def _split(
     if split in ("validation", "test") and parts.get(split): return _records(parts[split], source, complain)
     undivided = [stream for part in ("train", "") for stream in parts.get(part, [])]
     return (record for record in _records(undivided, source, complain)
-            if split in ("all", split_of(record["id"], parts)))
+            if split in ("all", split_of(record["id"], parts, _cluster_number(record))))
 
 # %% ../nbs/api/00_records.ipynb #00-records-55
 def _refuse(complaint: str) -> None:
@@ -304,7 +313,7 @@ def load_records(
     limit: int | None = None,  # largest number of records, in the order of the source
     data_dir: str | Path | None = None,  # folder of your files, or `None` for that of the environment
     strict: bool | None = None,  # raise on unusable records; `None` raises on those in your files only
-) -> list[dict]:  # `{"id", "messages", "source"}`
+) -> list[dict]:  # `{"id", "messages", "source"}`, perhaps `cluster`
     "The records of one split of a data set. Errors are of one line, `ValueError` or `FileNotFoundError`."
     if split not in (*SPLITS, "all"):
         raise ValueError(f"split {split!r} is unknown: it is one of {', '.join(SPLITS)} or all")

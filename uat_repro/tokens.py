@@ -128,16 +128,22 @@ def encode_all(
     tokenizer,  # any tokenizer with a chat template
     max_length: int | None = None,  # room for prompt and response together, in tokens
     too_long: str = "error",  # error, drop or crop: the treatment of a response that exceeds `max_length`
-) -> Dataset:  # columns `input_ids`, `labels`, `id`
+    min_response: int = 0,  # records with fewer response tokens are left out
+    left_out: Counter | None = None,  # is filled with the number of records for each reason
+) -> Dataset:  # columns `input_ids`, `labels`, `id`, `cluster`
     "Encode records, leaving out those that can't be used; a `ValueError` if none is left."
     if too_long not in _TOO_LONG:
         raise ValueError(f"too_long={too_long!r} is unknown: it is one of {', '.join(_TOO_LONG)}")
-    records, rows, skipped = list(records), [], Counter()
+    records, rows, skipped = list(records), [], Counter() if left_out is None else left_out
     for record in tqdm(records, desc="encode", leave=False, disable=len(records) < 1000):
-        try: rows.append(encode(record, tokenizer, max_length, crop=too_long == "crop"))
+        try: row = encode(record, tokenizer, max_length, crop=too_long == "crop")
         except _Unusable as e:
             if isinstance(e, _TooLong) and too_long == "error": raise
             skipped[e.reason] += 1
+            continue
+        if sum(label != -100 for label in row["labels"]) < min_response:
+            skipped[f"with fewer than {min_response} response tokens"] += 1
+        else: rows.append(row | dict(cluster=str(record.get("cluster", row["id"]))))
     reasons = "; ".join(f"{n} {reason}" for reason, n in skipped.items())
     if not rows: raise ValueError(f"none of {len(records)} records can be used: {reasons or 'give at least one'}")
     if skipped: _log.warning("left out %d of %d records: %s", skipped.total(), len(records), reasons)
@@ -157,7 +163,7 @@ class Collator:
         rows: Sequence[dict],  # with `labels`, with `input_ids` or `inputs_embeds` (T, H), and perhaps `id`
     ) -> dict:  # tensors (B, T) and (B, T, H), `attention_mask` (B, T), and `id`: list of str
         fill = dict(input_ids=self.pad, labels=-100)
-        names = [name for name in rows[0] if name not in ("id", "attention_mask")]
+        names = [name for name in rows[0] if name not in ("id", "cluster", "attention_mask")]
         per_token = {name: [torch.as_tensor(row[name]) for row in rows] for name in names}
         batch = {name: pad_sequence(values, batch_first=True, padding_value=fill.get(name, 0))
                  for name, values in per_token.items()}

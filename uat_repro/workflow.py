@@ -40,7 +40,7 @@ def _check_name(name: str, known: Iterable[str], place: str) -> None:
     if name not in (known := list(known)): raise ValueError(f"{place} has {name!r}: {nearest(name, known)}")
 
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-11
-DEFAULTS = dict(models={}, datasets=[], seeds=[], datasets_if_available=[], regimes={}, objectives={}, figures={},
+DEFAULTS = dict(models={}, datasets={}, seeds=[], datasets_if_available={}, regimes={}, objectives={}, figures={},
                 disk_gb=0.0)  # all sections but those of experiments; the first three must not be empty
 
 def _sections(name: str) -> dict:
@@ -88,8 +88,8 @@ def load_profile(
     "The parameters of a profile. Raises on an unknown name in it, with the nearest known one."
     profile, stem = {**DEFAULTS, **_sections(name)}, Path(name).stem
     _check_profile(profile, stem)
-    more = [d for d in profile.pop("datasets_if_available") if _has_file(data_dir, d)]
-    return dict(profile, datasets=profile["datasets"] + more, profile=stem)
+    more = {d: p for d, p in profile.pop("datasets_if_available").items() if _has_file(data_dir, d)}
+    return dict(profile, datasets={**profile["datasets"], **more}, profile=stem)
 
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-22
 ASIDE = {*(f"{axis}s" for axis in AXES), "grid", "where", "seconds", "resources"}  # no parameters of a notebook
