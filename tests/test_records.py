@@ -122,11 +122,13 @@ def test_gsm_symbolic_is_what_the_generator_makes():
 
 @needs_gsm_symbolic
 def test_gsm_symbolic_never_changes():
-    "Ids and sides of the data set that every result of this package was computed on."
+    "Ids and sides of the data set that every result of this package is computed on; no template is on two sides."
     records = {split: load_records("gsm_symbolic", split) for split in SPLITS}
-    assert {split: len(some) for split, some in records.items()} == dict(train=3970, validation=497, test=493)
+    assert {split: len(some) for split, some in records.items()} == dict(train=2847, validation=574, test=1539)
+    templates = {split: {r["cluster"] for r in some} for split, some in records.items()}
+    assert not templates["train"] & (templates["validation"] | templates["test"]) and not templates["validation"] & templates["test"]
     ids = "".join(r["id"] for split in SPLITS for r in records[split])
-    assert hashlib.sha256(ids.encode()).hexdigest()[:16] == "9ebb017b5f185871"
+    assert hashlib.sha256(ids.encode()).hexdigest()[:16] == "b7035bf56303aa1f"
 
 
 @needs_sharegpt
