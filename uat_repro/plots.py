@@ -298,6 +298,7 @@ def draw_dynamics(
 def plot_dynamics(
     frame: pd.DataFrame,  # means: model, trained_on, objective, seed, step, chosen (bool), and the scores
     scores: Iterable[str],  # columns, one panel each
+    note: str = "",  # a line above the panels, such as the learning rate
 ) -> Figure:  # a row of panels for each model and data set
     "Scores of tokens over training: those that the first mask chose (full lines) and the others (dashed)."
     keys, scores = ["model", "trained_on"], list(scores)
@@ -307,7 +308,7 @@ def plot_dynamics(
     fig, axes = _facets(long, keys, ["score"], draw_dynamics, (1, 2.3), (.9, 1.9), sharex=True)
     for ax in axes[1:].flat: ax.set_title("")
     for ax in axes[-1]: ax.set_xlabel("training step")
-    fig.suptitle("full: tokens that the first mask chose; dashed: the others", size=8.5)
+    fig.suptitle("full: tokens that the first mask chose; dashed: the others" + f"\n{note}" * bool(note), size=8.5)
     _key(fig, frame["objective"])
     return fig
 
