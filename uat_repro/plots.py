@@ -99,7 +99,7 @@ def rates_note(
     rates = about.groupby("learning_rate", sort=False)["objective"].agg(["unique", "size"]).sort_values("size")[::-1]
     first, *rest = ((f"{rate:g}", names) for rate, names in rates["unique"].items())
     others = [f"{', '.join(look(n).label for n in names)}: {rate}" for rate, names in rest]
-    return f"learning rate {first[0]}" + f" ({'; '.join(others)})" * bool(others)
+    return f"Learning rate {first[0]}" + f" ({'; '.join(others)})" * bool(others)
 
 # %% ../nbs/api/16_plots.ipynb #16-plots-17
 def _ordered(names: Iterable[str]) -> list[str]:
@@ -146,10 +146,11 @@ def plot_gains(
 
 # %% ../nbs/api/16_plots.ipynb #16-plots-22
 def _shade_quarter(ax: Axes) -> None:
-    "Lines at zero, and a shade where both gains are positive."
+    "The untrained model, lines at zero, the margin, and a shade where both gains are positive."
+    near = 2 * MARGINS["nats"]
     ax.margins(.12)
     ax.autoscale_view()
-    (left, right), (bottom, top) = ((min(0, *ends), max(0, *ends)) for ends in (ax.get_xlim(), ax.get_ylim()))
+    (left, right), (bottom, top) = ((min(-near, *ends), max(near, *ends)) for ends in (ax.get_xlim(), ax.get_ylim()))
     ax.add_patch(Rectangle((0, 0), right, top, color="#f0f5ee", lw=0, zorder=0))
     for band in (ax.axhspan, ax.axvspan): band(-MARGINS["nats"], MARGINS["nats"], color=_GREY, lw=0, zorder=.5)
     for line in (ax.axhline, ax.axvline): line(0, color="#333333", lw=.8, zorder=1)
@@ -296,12 +297,12 @@ def draw_dynamics(
 # %% ../nbs/api/16_plots.ipynb #16-plots-39
 @theme()
 def plot_dynamics(
-    frame: pd.DataFrame,  # means: model, trained_on, objective, seed, step, chosen (bool), and the scores
+    frame: pd.DataFrame,  # means: model, trained_on, perhaps regime, objective, seed, step, chosen (bool), and the scores
     scores: Iterable[str],  # columns, one panel each
     note: str = "",  # a line above the panels, such as the learning rate
-) -> Figure:  # a row of panels for each model and data set
+) -> Figure:  # a row of panels for each model, data set and regime
     "Scores of tokens over training: those that the first mask chose (full lines) and the others (dashed)."
-    keys, scores = ["model", "trained_on"], list(scores)
+    keys, scores = [k for k in RUN[:-1] if k in frame], list(scores)
     _check(frame, *keys, "objective", "seed", "step", "chosen", *scores)
     long = frame.melt([*keys, "objective", "seed", "step", "chosen"], scores, "score")
     long["score"] = pd.Categorical(long["score"], scores)  # panels in this order
