@@ -36,7 +36,7 @@ LABELS = {name: how.label for name, how in OBJECTIVES.items()} | {
     one_pass="one pass", repeated="repeated passes", last="last checkpoint", best="best checkpoint",
     initial="untrained model", loss="predictive loss", entropy="predictive entropy", total="total uncertainty",
     epistemic="epistemic uncertainty", aleatoric="aleatoric uncertainty", nll="NLL", kl="KL",
-    selected="in the mask of the step", share="epistemic share",
+    selected="in the mask", share="epistemic share",
     overlap="overlap with the first mask", inflation="rise of the loss",
     spearman="rank correlation", jaccard="overlap of top quarters", agreement="agreement of halves",
     correlation="rank correlation", lora_ensemble="LoRA ensemble", distance="distance from the solution",

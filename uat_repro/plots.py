@@ -215,7 +215,7 @@ def plot_effects(
     columns: Iterable[str] = ("trained_on",),  # columns that make the panels
     ylabel: str = "",  # axis label, with its unit
     reverse: bool = False,  # the axis runs from large to small
-    note: str = "",  # a line below the panels, such as the learning rate
+    note: str = "",  # a line above the panels, such as the learning rate
 ) -> Figure:  # a row of panels
     "Effects with intervals, as lines."
     _check(frame, x, hue, "estimate", "low", "high", *columns)
@@ -227,7 +227,7 @@ def plot_effects(
         ax.title.set_weight("bold")
         if reverse: ax.invert_xaxis()
     axes[0, 0].set_ylabel(ylabel, weight="normal")
-    fig.supxlabel(note, size=8.5)
+    if note: fig.suptitle(note, size=8.5)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return fig
 
@@ -277,7 +277,7 @@ def plot_posteriors(
     return fig
 
 # %% ../nbs/api/16_plots.ipynb #16-plots-37
-_UNITS = dict(selected="share of the tokens", overlap="Jaccard", share="E/(E+A)")  # of scores that are not in nats
+_UNITS = dict(selected="share", overlap="Jaccard", share="E/(E+A)")  # of scores that are not in nats
 
 def draw_dynamics(
     ax: Axes,  # axes that may be anywhere, also below a heat map
