@@ -60,7 +60,6 @@ def _named(part) -> Iterator[tuple[str, str]]:
         if k in [f"{axis}s" for axis in AXES]: yield from ((k, value) for value in v)
         else: yield from _named(v)
 
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-15
 def _check_profile(profile: dict, name: str) -> None:
     "Known sections of the right type, all that must be there, known values of the grid."
     for k, v in profile.items():
@@ -75,12 +74,11 @@ def _check_profile(profile: dict, name: str) -> None:
             _check_name(axis, [f"{axis}s" for axis in AXES], f"the grid of {k!r} in profile {name}")
     for figure in profile["figures"]: _check_name(figure, ["seconds", *catalogue()["figures"]], f"figures of {name}")
 
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-17
+# %% ../nbs/api/17_workflow.ipynb #17-workflow-16
 def _has_file(data_dir: str | Path | None, dataset: str) -> bool:
     "Whether the user's data folder has a file of a data set."
     return bool(data_dir) and any(p.suffix in (".json", ".jsonl") for p in Path(data_dir).glob(f"{dataset}*"))
 
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-18
 def load_profile(
     name: str = "cpu",  # a profile of this package, or the path of a `.yaml` file
     data_dir: str | Path | None = None,  # folder of the user's own data
@@ -91,7 +89,7 @@ def load_profile(
     more = {d: p for d, p in profile.pop("datasets_if_available").items() if _has_file(data_dir, d)}
     return dict(profile, datasets={**profile["datasets"], **more}, profile=stem)
 
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-22
+# %% ../nbs/api/17_workflow.ipynb #17-workflow-20
 ASIDE = {*(f"{axis}s" for axis in AXES), "grid", "where", "seconds", "resources"}  # no parameters of a notebook
 
 def parameters(
@@ -106,14 +104,13 @@ def parameters(
               *(block for block in section.get("where", ()) if inside(block, run))]
     return {k: v for layer in layers for k, v in layer.items() if k not in ASIDE}
 
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-26
+# %% ../nbs/api/17_workflow.ipynb #17-workflow-24
 def _source(notebook: str | Path, tag: str = "") -> str:
     "The code of a notebook, or of its cells with a tag, without magic lines."
     cells = [c for c in read_json(notebook)["cells"] if c["cell_type"] == "code"]
     text = "\n".join("".join(c["source"]) for c in cells if not tag or tag in c["metadata"].get("tags", []))
     return "\n".join(line for line in text.split("\n") if not line.startswith(("%", "!")))
 
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-27
 def known_parameters(
     notebook: str | Path,  # has a cell tagged `parameters`, with lines such as `steps: int = 20`
 ) -> list[str]:  # their names
@@ -121,7 +118,7 @@ def known_parameters(
     lines = ast.parse(_source(notebook, "parameters")).body
     return [line.target.id for line in lines if isinstance(line, ast.AnnAssign)]
 
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-36
+# %% ../nbs/api/17_workflow.ipynb #17-workflow-33
 @cache
 def _read_code(source: str, known: frozenset[str]) -> tuple[str, set[str]]:
     "Code without prose and layout, and the known modules that it imports; all where it imports from the package."
@@ -133,7 +130,6 @@ def _read_code(source: str, known: frozenset[str]) -> tuple[str, set[str]]:
     if re.search(r"^\s*from (uat_repro|\.) import", code, re.M): return code, set(known)
     return code, known & set(re.findall(r"(?:\buat_repro|\bfrom )\.(\w+)", code))
 
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-37
 def code_digest(
     notebook: str | Path,  # any notebook
     package: str | Path | None = None,  # folder of modules; the folder of this package if None
@@ -148,7 +144,7 @@ def code_digest(
     claims = (FLOW.parent / "claims.yaml").read_text(encoding="utf-8") if "claims" in used else ""
     return hashlib.sha256(json.dumps([sorted(used.items()), claims]).encode()).hexdigest()[:16]
 
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-41
+# %% ../nbs/api/17_workflow.ipynb #17-workflow-37
 def snakemake_command(
     workdir: str | Path,  # folder of results, with `profile.json`
     notebooks: str | Path,  # folder of notebooks
@@ -169,7 +165,7 @@ def snakemake_command(
             "--rerun-incomplete", "--rerun-triggers", "mtime", "input", "params",
             "--keep-going", "--nocolor", "--scheduler", "greedy"]
 
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-44
+# %% ../nbs/api/17_workflow.ipynb #17-workflow-40
 def snakemake_main() -> None:  # exits with Snakemake's status
     "Snakemake's command line, with events as JSON on the standard output."
     from types import SimpleNamespace
@@ -189,7 +185,7 @@ def snakemake_main() -> None:  # exits with Snakemake's status
     LoggerPluginRegistry().register_plugin("events", SimpleNamespace(LogHandler=LogHandler))
     main()
 
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-46
+# %% ../nbs/api/17_workflow.ipynb #17-workflow-42
 @dataclass(frozen=True)
 class Run:
     "One run of a notebook."
@@ -199,7 +195,7 @@ class Run:
 
     def __str__(self) -> str: return " ".join([self.rule, *(v for _, v in self.wildcards)])
 
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-48
+# %% ../nbs/api/17_workflow.ipynb #17-workflow-44
 def events(
     lines: Iterable[str],  # from `snakemake_main`
 ) -> Iterator[tuple[str, Run | str]]:  # "start", "done" or "failed" and the run; "error" and Snakemake's words
@@ -212,13 +208,13 @@ def events(
             runs[job] = Run(event["rule_name"], event["log"][0], tuple(event["wildcards"].items()))
         if kind in kinds and job in runs: yield kinds[kind], runs[job]
 
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-51
+# %% ../nbs/api/17_workflow.ipynb #17-workflow-47
 def _about(seconds: float) -> str:
     "A duration for people."
     if seconds < 100: return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-53
+# %% ../nbs/api/17_workflow.ipynb #17-workflow-49
 @dataclass
 class Progress:
     "How far the runs are, and how long the remaining ones will take."
@@ -242,13 +238,13 @@ class Progress:
         rest = f"about {_about(self.left(now))} left" if n < total else "all done"
         return f"[{n:{len(str(total))}}/{total}] {str(run):{width}} {_about(self.took[run]):>7}   {rest}"
 
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-56
+# %% ../nbs/api/17_workflow.ipynb #17-workflow-52
 def _reason(text: str) -> str:
     "Snakemake's words in one line."
     lines = [line for line in text.splitlines() if not line.startswith("  File ")]
     return " ".join(" ".join(lines[1:] or lines).split())  # the first line names the Snakefile
 
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-58
+# %% ../nbs/api/17_workflow.ipynb #17-workflow-54
 def plan(
     command: list[str],  # from `snakemake_command`
 ) -> list[Run]:  # what would run
@@ -259,12 +255,10 @@ def plan(
     said = [text for kind, text in found if kind == "error"] or p.stderr.strip().splitlines()
     raise ValueError(_reason(said[-1]) if said else "Snakemake gave no reason")
 
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-63
+# %% ../nbs/api/17_workflow.ipynb #17-workflow-59
 def _follow_parent() -> None:
     "Called in the child: be told when the parent ends (Linux)."
     if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-64
 def watch(
     command: list[str],  # from `snakemake_command`
     progress: Progress,  # of the plan
@@ -284,7 +278,7 @@ def watch(
                 print(f"FAILED {run}; runs that do not need it go on", flush=True)
     return child.returncode, failed, error
 
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-67
+# %% ../nbs/api/17_workflow.ipynb #17-workflow-62
 def _failures(workdir: Path, failed: list[Run], error: str) -> None:
     "Print why runs failed."
     log = workdir / "snakemake.log"
@@ -294,7 +288,6 @@ def _failures(workdir: Path, failed: list[Run], error: str) -> None:
     if not failed: print(_reason(error) or f"Snakemake stopped; its words are in {log}", file=sys.stderr)
     print("\nonce it is mended, run the same command again: finished runs are kept", file=sys.stderr)
 
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-68
 def _make(profile: dict, workdir: Path, command: list[str], cores: int, lock: int) -> int:
     "Run what is missing; exit status."
     began, runs = time.time(), plan(command)
@@ -308,7 +301,15 @@ def _make(profile: dict, workdir: Path, command: list[str], cores: int, lock: in
     write_json(workdir / "manifest.json", about | cost(began))
     return 0
 
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-70
+# %% ../nbs/api/17_workflow.ipynb #17-workflow-65
+def _check_figure(figure: str, profile: dict) -> None:
+    "Raise where a profile does not draw a figure."
+    _check_name(figure, catalogue()["figures"], "what can be drawn")
+    if figure in figures(profile): return
+    makers = [p.stem for p in sorted((FLOW / "profiles").glob("*.yaml")) if figure in figures(load_profile(p.stem))]
+    raise ValueError(f"profile {profile['profile']} has no data for {figure}; made by: {', '.join(makers) or 'none'}")
+
+# %% ../nbs/api/17_workflow.ipynb #17-workflow-67
 def _list_runs(profile: dict, workdir: Path, cores: int, **call) -> int:
     "Print the plan; exit status."
     with tempfile.TemporaryDirectory() as tmp:
@@ -318,7 +319,7 @@ def _list_runs(profile: dict, workdir: Path, cores: int, **call) -> int:
     print(*runs, end if runs else f"nothing to do: {workdir} is up to date", sep="\n")
     return 0
 
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-71
+# %% ../nbs/api/17_workflow.ipynb #17-workflow-68
 def reproduce(
     profile: str = "cpu",  # cpu, smoke, paper, or the path of a .yaml file
     only: str | Iterable[str] | None = None,  # figures to draw, with what they need; all if None
@@ -335,7 +336,7 @@ def reproduce(
     notebooks, data_dir = Path(notebooks or notebooks_folder()), data_dir or os.environ.get("UAT_REPRO_DATA_DIR")
     conf, targets = load_profile(profile, data_dir), [only] if isinstance(only, str) else list(only or [])
     name = conf["profile"]
-    for figure in targets: _check_name(figure, figures(conf), f"what profile {name} draws")
+    for figure in targets: _check_figure(figure, conf)
     workdir = Path(workdir or ("results" if name == "cpu" else f"results-{name}"))
     call = dict(notebooks=notebooks, targets=targets, cores=cores, data_dir=data_dir, cluster=cluster)
     if dry_run: return _list_runs(conf, workdir, **call)
