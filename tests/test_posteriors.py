@@ -1,0 +1,62 @@
+"Samples of a posterior, each left out in turn, against the plain decomposition of the others."
+import pytest, torch
+
+from uat_repro.head import CHUNK_LOGITS
+from uat_repro.models import Head, head_of, hidden_states, tiny_model
+from uat_repro.tokens import Collator, lay_out
+from uat_repro.uncertainty import decompose, leave_one_out, score_samples
+
+from examples import rows, tokenizer
+
+
+def naive(states, head):
+    "One decomposition for each sample, of the others, in double precision."
+    log_p = torch.stack([head.logits(h).double().log_softmax(-1) for h in states])
+    parts = [decompose(torch.cat([log_p[:k], log_p[k + 1:]])) for k in range(len(states))]
+    return [torch.stack(of) for of in zip(*parts)]
+
+
+@pytest.mark.parametrize("samples", [3, 8])
+@pytest.mark.parametrize("scale", [.01, 1., 30.])  # nearly the same samples, different ones, nearly certain ones
+def test_leaving_one_out_is_the_decomposition_of_the_others(samples, scale):
+    torch.manual_seed(0)
+    head = Head(torch.randn(300, 16))
+    states = torch.randn(1, 40, 16) + scale * torch.randn(samples, 40, 16)
+    for mine, theirs in zip(leave_one_out(states, head), naive(states, head)):
+        assert mine.shape == (samples, 40)
+        torch.testing.assert_close(mine.double(), theirs, rtol=2e-4, atol=2e-6)
+
+
+def test_small_disagreement_is_not_lost_to_rounding():
+    "An epistemic uncertainty of a millionth of the entropy keeps three digits."
+    torch.manual_seed(0)
+    head = Head(torch.randn(300, 16))
+    states = torch.randn(1, 40, 16) + 1e-3 * torch.randn(5, 40, 16)
+    exact = naive(states.double(), head._replace(weight=head.weight.double()))[2]
+    mine = leave_one_out(states, head).epistemic.double()
+    assert exact.max() < 1e-4
+    torch.testing.assert_close(mine, exact, rtol=1e-2, atol=1e-9)
+
+
+def test_chunks_do_not_matter():
+    torch.manual_seed(0)
+    head = Head(torch.randn(CHUNK_LOGITS // 1000, 4))  # 1000 / 3 tokens fit into a chunk
+    states = torch.randn(3, 400, 4)
+    whole, part = leave_one_out(states, head), leave_one_out(states[:, 350:], head)
+    for a, b in zip(whole, part): torch.testing.assert_close(a[:, 350:], b, rtol=1e-4, atol=1e-5)
+
+
+def test_two_samples_are_too_few():
+    with pytest.raises(ValueError, match="2 samples were given"):
+        leave_one_out(torch.zeros(2, 1, 4), Head(torch.zeros(3, 4)))
+
+
+def test_states_of_other_models_are_scored_at_the_tokens_of_the_batch():
+    model, batch = tiny_model("tiny-llama"), dict(Collator(tokenizer)(rows()))
+    with torch.no_grad(): states = hidden_states(model, batch)
+    samples = torch.stack([states + .1 * torch.randn_like(states) for _ in range(4)])
+    found, layout, head = score_samples(model, batch, samples, head_of(model)), lay_out(batch), head_of(model)
+    assert torch.equal(~found.loss.isnan(), layout.valid)
+    whole = decompose(torch.stack([head.logits(h).log_softmax(-1) for h in layout.predicting(samples)]))
+    torch.testing.assert_close(found.epistemic[layout.valid], whole.epistemic, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.aleatoric[layout.valid], whole.aleatoric, rtol=1e-4, atol=1e-6)
