@@ -9,11 +9,14 @@ from uat_repro.uncertainty import decompose, leave_one_out, score_samples
 from examples import rows, tokenizer
 
 
+TARGETS = torch.arange(40) * 7
+
+
 def naive(states, head):
-    "One decomposition for each sample, of the others, in double precision."
+    "Aleatoric and epistemic uncertainty of all samples but one, and the loss of that one, in double precision."
     log_p = torch.stack([head.logits(h).double().log_softmax(-1) for h in states])
     parts = [decompose(torch.cat([log_p[:k], log_p[k + 1:]])) for k in range(len(states))]
-    return [torch.stack(of) for of in zip(*parts)]
+    return *[torch.stack(of) for of in list(zip(*parts))[1:]], -log_p[:, range(len(TARGETS)), TARGETS]
 
 
 @pytest.mark.parametrize("samples", [3, 8])
@@ -22,9 +25,9 @@ def test_leaving_one_out_is_the_decomposition_of_the_others(samples, scale):
     torch.manual_seed(0)
     head = Head(torch.randn(300, 16))
     states = torch.randn(1, 40, 16) + scale * torch.randn(samples, 40, 16)
-    for mine, theirs in zip(leave_one_out(states, head), naive(states, head)):
+    for mine, theirs in zip(leave_one_out(states, TARGETS, head), naive(states, head)):
         assert mine.shape == (samples, 40)
-        torch.testing.assert_close(mine.double(), theirs, rtol=2e-4, atol=2e-6)
+        torch.testing.assert_close(mine.double(), theirs, rtol=2e-4, atol=2e-5)
 
 
 def test_small_disagreement_is_not_lost_to_rounding():
@@ -32,8 +35,8 @@ def test_small_disagreement_is_not_lost_to_rounding():
     torch.manual_seed(0)
     head = Head(torch.randn(300, 16))
     states = torch.randn(1, 40, 16) + 1e-3 * torch.randn(5, 40, 16)
-    exact = naive(states.double(), head._replace(weight=head.weight.double()))[2]
-    mine = leave_one_out(states, head).epistemic.double()
+    exact = naive(states.double(), head._replace(weight=head.weight.double()))[1]
+    mine = leave_one_out(states, TARGETS, head).epistemic.double()
     assert exact.max() < 1e-4
     torch.testing.assert_close(mine, exact, rtol=1e-2, atol=1e-9)
 
@@ -41,14 +44,14 @@ def test_small_disagreement_is_not_lost_to_rounding():
 def test_chunks_do_not_matter():
     torch.manual_seed(0)
     head = Head(torch.randn(CHUNK_LOGITS // 1000, 4))  # 1000 / 3 tokens fit into a chunk
-    states = torch.randn(3, 400, 4)
-    whole, part = leave_one_out(states, head), leave_one_out(states[:, 350:], head)
+    states, targets = torch.randn(3, 400, 4), torch.arange(400)
+    whole, part = leave_one_out(states, targets, head), leave_one_out(states[:, 350:], targets[350:], head)
     for a, b in zip(whole, part): torch.testing.assert_close(a[:, 350:], b, rtol=1e-4, atol=1e-5)
 
 
 def test_two_samples_are_too_few():
     with pytest.raises(ValueError, match="2 samples were given"):
-        leave_one_out(torch.zeros(2, 1, 4), Head(torch.zeros(3, 4)))
+        leave_one_out(torch.zeros(2, 1, 4), torch.zeros(1).long(), Head(torch.zeros(3, 4)))
 
 
 def test_states_of_other_models_are_scored_at_the_tokens_of_the_batch():

@@ -6,7 +6,7 @@ Docs: https://uat-repro.github.io/uat-repro/api/uncertainty.html.md"""
 
 # %% auto #0
 __all__ = ['SCORES', 'Decomposition', 'decompose', 'Reliability', 'TokenUncertainty', 'pool', 'score_samples', 'MCDropout',
-           'Ensemble', 'leave_one_out', 'choose_posterior', 'score_tokens']
+           'Ensemble', 'LeftOut', 'leave_one_out', 'choose_posterior', 'score_tokens']
 
 # %% ../nbs/api/05_uncertainty.ipynb #05-uncertainty-03
 import math
@@ -194,26 +194,40 @@ class Ensemble:
         return score_samples(model, batch, states, _Heads(heads[0].weight, heads))
 
 # %% ../nbs/api/05_uncertainty.ipynb #05-uncertainty-49
-def _left_out(logits: Tensor) -> tuple[Tensor, Tensor]:
-    "From (S, n, V) logits: aleatoric and epistemic uncertainty (S, n) of all samples but one."
-    others = lambda x: (x.sum(0) - x) / (len(x) - 1)  # mean of the other samples
-    log_p = logits.float().log_softmax(-1).clamp(min=-1e4)
-    p = log_p.exp()
-    aleatoric, rest, mean = others(-dot(p, log_p)), others(p).clamp_(min=0), p.mean(0)
-    # E = mean KL(p_j || mean) - KL(rest || mean)
-    epistemic = others(divergences(log_p, p, mean)) - divergences(rest.log().clamp_(min=-1e4), rest, mean)
-    return aleatoric, epistemic.clamp_(min=0)
+class LeftOut(NamedTuple):
+    "Each sample, and what all others say of its tokens."
+    aleatoric: Tensor  # (S, N) A of the others, nats
+    epistemic: Tensor  # (S, N) E of the others, nats
+    loss: Tensor  # (S, N) predictive loss under the sample itself, nats
 
-def leave_one_out(
-    states: Tensor,  # (S, N, H) hidden states of at least 3 samples
-    head,  # reads the states of all samples
-) -> Decomposition:  # (S, N) each, nats; row k comes from all samples but k
-    "Total, aleatoric and epistemic uncertainty of each token, each sample left out in turn."
-    if len(states) < 3: raise ValueError(f"{len(states)} samples were given; at least 3 are needed to leave one out")
-    aleatoric, epistemic = map_tokens(_left_out, states, head)
-    return Decomposition(aleatoric + epistemic, aleatoric, epistemic)
+# %% ../nbs/api/05_uncertainty.ipynb #05-uncertainty-50
+def _moved(mean: Tensor, d: Tensor) -> Tensor:
+    "KL (S, n) of mean * (1 + d) from mean (n, V), for d (S, n, V)."
+    return dot(d.clamp(min=1e-7 - 1).log1p_().mul_(1 + d).sub_(d), mean)
+
+def _left_out(logits: Tensor, targets: Tensor) -> LeftOut:
+    "From (S, n, V) logits."
+    others = lambda x: (x.sum(0) - x) / (len(x) - 1)  # mean of the other samples
+    log_p = logits.sub_(logits.logsumexp(-1, keepdim=True)).clamp_(min=-1e4)  # (S, n, V)
+    loss = -log_p.gather(-1, targets.expand(len(log_p), -1)[..., None]).squeeze(-1)
+    p = log_p.exp()
+    aleatoric, mean = others(-dot(p, log_p)), p.mean(0)
+    d = p.div_(mean.clamp(min=torch.finfo(mean.dtype).tiny)).sub_(1)
+    # E  =  mean of KL(p_j, mean) - KL(rest, mean)
+    epistemic = others(_moved(mean, d)) - _moved(mean, d.div_(1 - len(p)))
+    return LeftOut(aleatoric, epistemic.clamp_(min=0), loss)
 
 # %% ../nbs/api/05_uncertainty.ipynb #05-uncertainty-52
+def leave_one_out(
+    states: Tensor,  # (S, N, H) hidden states of at least 3 samples
+    targets: Tensor,  # (N,) token ids
+    head,  # reads the states of all samples
+) -> LeftOut:  # row k is about sample k, and comes from all samples but k
+    "Uncertainty of each token by all samples but one, and its loss under that one."
+    if len(states) < 3: raise ValueError(f"{len(states)} samples were given; at least 3 are needed to leave one out")
+    return LeftOut(*map_tokens(_left_out, states, head, targets))
+
+# %% ../nbs/api/05_uncertainty.ipynb #05-uncertainty-55
 def choose_posterior(
     estimates: Sequence[TokenUncertainty],  # of the same tokens under each posterior, from as many samples each
     max_inflation: float = 0.02,  # largest inflation that counts as harmless
@@ -227,16 +241,16 @@ def choose_posterior(
     if not harmless: return min(range(len(inflation)), key=inflation.__getitem__)
     return max(harmless, key=reliability.__getitem__)
 
-# %% ../nbs/api/05_uncertainty.ipynb #05-uncertainty-55
+# %% ../nbs/api/05_uncertainty.ipynb #05-uncertainty-58
 SCORES: tuple[str, ...] = ("loss", "entropy", "total", "aleatoric", "epistemic", "mean_loss")
 
-# %% ../nbs/api/05_uncertainty.ipynb #05-uncertainty-56
+# %% ../nbs/api/05_uncertainty.ipynb #05-uncertainty-59
 def _score_batch(model: nn.Module, tokenizer, batch: Mapping, posterior) -> pd.DataFrame:
     "The scores of one batch, a row for each response token."
     found = posterior(model, send_to_device(batch, model.device))
     return token_frame(batch, tokenizer, **{name: getattr(found, name) for name in SCORES})
 
-# %% ../nbs/api/05_uncertainty.ipynb #05-uncertainty-57
+# %% ../nbs/api/05_uncertainty.ipynb #05-uncertainty-60
 def score_tokens(
     model: nn.Module,  # a causal language model
     tokenizer,  # with a chat template
