@@ -31,6 +31,9 @@ def test_the_same_run_leaves_the_same_files_bit_for_bit(tmp_path):
     uncertainty = str(first / "uncertainty")
     go("train", "train", prepared={"gsm_symbolic": prepared}, uncertainty=uncertainty, objective="random_masked_mle",
        seeds=[0, 1])
+    go("train", "mle", prepared={"gsm_symbolic": prepared}, uncertainty=uncertainty, objective="mle", regime="one_pass",
+       keep_states=True, track=0, seeds=[0, 1, 2])
+    go("learnability", "learnability", prepared=prepared, uncertainty=uncertainty, trained=str(first / "mle"))
     go("posteriors", "posteriors", prepared=prepared, more=[])
     go("subsets", "subsets", prepared=prepared, uncertainty=uncertainty, seeds=[0])
     go("why_masking", "why_masking", prepared=prepared)
