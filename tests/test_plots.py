@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from uat_repro.plots import (OBJECTIVES, look, plot_correlations, plot_dynamics, plot_effects, plot_gains,
-                             plot_posteriors, plot_tradeoff, save_figure)
+                             plot_tradeoff, save_figure)
 
 
 def effects(**more):
@@ -50,27 +50,6 @@ def test_lines_of_effects_have_their_intervals():
     bars = ax.containers[0].lines[2][0].get_segments()
     assert [list(b[:, 1]) for b in bars] == [pytest.approx([x - .1, x + .3]) for x in (.1, .5, 1.)]
     with pytest.raises(ValueError, match="no column distance"): plot_effects(frame, "distance", "kind")
-
-
-def test_a_harmful_posterior_is_pale_and_the_chosen_one_bold():
-    same = dict(model="m", dataset="d", max_inflation=.02, value=.5, low=.4, high=.6)
-    rows = [dict(same, setting=n, posterior=name, inflation=inflation, chosen=name == "mild", panel=panel, kind="k")
-            for n, (name, inflation) in enumerate((("mild", .01), ("harsh", .5)))
-            for panel in ("correlation", "agreement", "inflation")]
-    frame = pd.DataFrame(rows)
-    frame["panel"] = pd.Categorical(frame.panel, frame.panel.unique())
-    left = plot_posteriors(frame).axes[0]
-    assert {t.get_text(): t.get_weight() for t in left.get_yticklabels()} == {"harsh": "normal", "mild": "bold"}
-    assert sorted(line.get_alpha() for line in left.lines if line.get_marker() == "o") == [.3, 1]
-
-
-def test_posteriors_with_the_same_text_stay_apart():
-    same = dict(model="m", dataset="d", max_inflation=.02, posterior="dropout", value=.5, low=.4, high=.6, kind="k")
-    frame = pd.DataFrame([dict(same, setting=n, inflation=n / 100, chosen=n == 1, panel=panel)
-                          for n in (0, 1) for panel in ("1", "2", "3")])
-    left = plot_posteriors(frame).axes[0]
-    assert [t.get_weight() for t in left.get_yticklabels()] == ["bold", "normal"]
-    assert {line.get_ydata()[0] for line in left.lines if line.get_marker() == "o"} == {0, 1}
 
 
 def test_chosen_and_other_tokens_are_told_apart():

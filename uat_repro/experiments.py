@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from .cache import CachedDataset, HiddenCache
 from .evaluation import Baseline, TokenScores, measure_baseline
-from .models import autocast, load_model, split_layers
+from .models import load_model, split_layers
 from .objective import Objective
 from .results import cost, manifest, read_about, write_frame, write_json
 from .tokens import Collator, lay_out, token_frame
