@@ -40,6 +40,7 @@ def profile(tmp_path):
     p = yaml.safe_load((FLOW / "profiles" / "smoke.yaml").read_text())
     train = {k: v for k, v in p["train"].items() if k != "grid"} | dict(regimes=["repeated"], where=[dict(objectives=["mle"], track=2)])
     p.update(models={"tiny-llama": p["models"]["tiny-llama"]}, datasets={"sharegpt": {}}, objectives={"mle": {}}, seeds=[0], figures={}, train=train)
+    del p["learnability"]  # it would train one pass as well
     def write(**changes):
         (tmp_path / "small.yaml").write_text(yaml.safe_dump({**p, **changes}))
         return str(tmp_path / "small.yaml")
