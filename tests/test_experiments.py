@@ -36,6 +36,7 @@ def test_the_same_run_leaves_the_same_files_bit_for_bit(tmp_path):
     go("learnability", "learnability", prepared=prepared, uncertainty=uncertainty, trained=str(first / "mle"))
     go("posteriors", "posteriors", prepared=prepared, more=[])
     go("subsets", "subsets", prepared=prepared, uncertainty=uncertainty, seeds=[0])
+    go("frontier", "frontier", prepared=others)
     go("why_masking", "why_masking", prepared=prepared)
     go("why_documents", "why_documents", prepared=prepared)
     go("why_curriculum", "why_curriculum", prepared=prepared, uncertainty=uncertainty)
