@@ -75,8 +75,8 @@ _WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 
 def unwrap(model: nn.Module) -> nn.Module:  # the model itself; its wrappers stay as they are
     "The model below data parallelism, `torch.compile`, FSDP and DeepSpeed, in any order."
-    while inner := next((m for name in _WRAPPED if (m := model._modules.get(name)) is not None), None): model = inner
-    return model
+    inner = next((model._modules[name] for name in _WRAPPED if name in model._modules), None)
+    return model if inner is None else unwrap(inner)
 
 # %% ../nbs/api/02_models.ipynb #02-models-19
 class Family(NamedTuple):
