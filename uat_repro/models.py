@@ -6,11 +6,11 @@ Docs: https://uat-repro.github.io/uat-repro/api/models.html.md"""
 
 # %% auto #0
 __all__ = ['FAMILIES', 'SITES', 'PRECISIONS', 'Head', 'has_dropout', 'eval_mode', 'unwrap', 'Family', 'family_of', 'head_of',
-           'hidden_states', 'split_layers', 'dropout_at', 'use_bf16', 'autocast', 'add_lora', 'weights_hash',
-           'PACKAGED_WEIGHTS', 'TINY', 'cache_dir', 'convert_gguf', 'load_model', 'tiny_model', 'tiny_tokenizer']
+           'hidden_states', 'split_layers', 'dropout_at', 'use_bf16', 'autocast', 'add_lora', 'PACKAGED_WEIGHTS',
+           'TINY', 'cache_dir', 'convert_gguf', 'load_model', 'tiny_model', 'tiny_tokenizer', 'weights_hash']
 
 # %% ../nbs/api/02_models.ipynb #02-models-03
-import copy, hashlib, sys
+import copy, sys
 from contextlib import contextmanager
 from functools import partial
 from typing import Callable, Iterator, Mapping, NamedTuple
@@ -24,9 +24,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ._weights import (PACKAGED_WEIGHTS, TINY, cache_dir, convert_gguf, load_model, tiny_model,
-                                tiny_tokenizer)
+                                tiny_tokenizer, weights_hash)
 
-_all_ = ["PACKAGED_WEIGHTS", "TINY", "cache_dir", "convert_gguf", "load_model", "tiny_model", "tiny_tokenizer"]
+_all_ = ["PACKAGED_WEIGHTS", "TINY", "cache_dir", "convert_gguf", "load_model", "tiny_model", "tiny_tokenizer",
+         "weights_hash"]
 
 # %% ../nbs/api/02_models.ipynb #02-models-08
 class Head(NamedTuple):
@@ -87,6 +88,7 @@ def _once(trial: Callable, model: nn.Module) -> bool:
     with torch.random.fork_rng(gpus), eval_mode(model): _FOUND[key] = bool(trial(model, ids))
     return _FOUND[key]
 
+# %% ../nbs/api/02_models.ipynb #02-models-18
 def _run(decoder: nn.Module, call: Callable, **inputs) -> tuple[Tensor, object]:  # (B, T, H), and what `call` returned
     "The last hidden states that a decoder computes while `call` is called."
     kept = []
@@ -100,7 +102,7 @@ def _close(ours: Tensor, theirs: Tensor, rounding: float) -> bool:
     exact = ours.dtype == theirs.dtype == torch.float32 and not torch.is_autocast_enabled(ours.device.type)
     return (ours.float() - theirs.float()).norm() <= (1e-3 if exact else rounding) * theirs.float().norm()
 
-# %% ../nbs/api/02_models.ipynb #02-models-18
+# %% ../nbs/api/02_models.ipynb #02-models-19
 class Family(NamedTuple):
     "The names that the code of a model family gives to its parts, and its config to what changes the logits."
     layers: str = "layers"  # the list of layers, in the decoder
@@ -122,6 +124,7 @@ def family_of(model: nn.Module) -> Family:  # the entry of its `model_type`, or 
     "The family of a causal language model, wrapped (PEFT, data parallelism) or not."
     return FAMILIES.get(unwrap(model).config.model_type, FAMILIES["default"])
 
+# %% ../nbs/api/02_models.ipynb #02-models-20
 def _same_logits(head: Head, model: nn.Module, ids: Tensor) -> bool:
     "Whether a head makes the model's own logits of its last hidden states."
     states, logits = _run(_body(model), model, input_ids=ids)
@@ -140,7 +143,7 @@ def head_of(model: nn.Module) -> Head:  # shares storage with the model
                          "add an entry to models.FAMILIES that says how its config scales or caps them")
     return head
 
-# %% ../nbs/api/02_models.ipynb #02-models-21
+# %% ../nbs/api/02_models.ipynb #02-models-23
 def _document_mask(query: Tensor, window: int) -> Tensor:
     "The additive causal mask (1, 1, T, T) of one document, in which a token sees `window` tokens."
     at = torch.arange(query.shape[2], device=query.device)
@@ -167,7 +170,7 @@ for _name, _attend in dict(sdpa=ALL_ATTENTION_FUNCTIONS["sdpa"], eager=None).ite
     ALL_ATTENTION_FUNCTIONS.register(f"{_name}_by_document", partial(_attend_by_document, _attend))
     ALL_MASK_ATTENTION_FUNCTIONS.register(f"{_name}_by_document", ALL_MASK_ATTENTION_FUNCTIONS[_name])
 
-# %% ../nbs/api/02_models.ipynb #02-models-23
+# %% ../nbs/api/02_models.ipynb #02-models-25
 def _without_padding(inputs: dict) -> tuple[dict, Tensor] | None:
     "The same tokens as one row of documents, and the place of each in the batch; None where nothing is gained."
     if ("attention_mask" in inputs) == ("position_ids" in inputs): return None
@@ -178,6 +181,7 @@ def _without_padding(inputs: dict) -> tuple[dict, Tensor] | None:
     row = {k: v[mask][None] for k, v in inputs.items() if k in ("input_ids", "inputs_embeds")}
     return dict(row, position_ids=positions[mask][None]), mask.flatten().nonzero()[:, 0]
 
+# %% ../nbs/api/02_models.ipynb #02-models-26
 def _one_in_each_row(inputs: dict) -> tuple[dict, Tensor] | None:
     "The documents of packed rows as padded rows, and the place of each token; None where no row is packed."
     if "attention_mask" in inputs or "position_ids" not in inputs: return None
@@ -189,7 +193,7 @@ def _one_in_each_row(inputs: dict) -> tuple[dict, Tensor] | None:
     row = {k: pad_sequence(v, batch_first=True) for k, v in pieces.items() if k != "position_ids"}
     return row, torch.arange(sum(lengths), device=starts.device)
 
-# %% ../nbs/api/02_models.ipynb #02-models-25
+# %% ../nbs/api/02_models.ipynb #02-models-28
 @contextmanager
 def _by_document(decoder: nn.Module, positions: Tensor | None) -> Iterator[dict]:
     "Attention inside the documents of a row, if there is one, while the block runs; yields the arguments for it."
@@ -221,7 +225,7 @@ def _takes_documents(decoder: nn.Module) -> bool:
     ours = getattr(decoder, "_supports_attention_backend", False) and name in ("sdpa", "eager")
     return (name.startswith("flash_attention") or ours) and _once(_apart, decoder)
 
-# %% ../nbs/api/02_models.ipynb #02-models-27
+# %% ../nbs/api/02_models.ipynb #02-models-30
 def hidden_states(
     model: nn.Module,  # a causal language model, wrapped or not
     batch: Mapping,  # `input_ids` (B, T) or `inputs_embeds` (B, T, H), with `attention_mask` or `position_ids` (B, T)
@@ -240,12 +244,12 @@ def hidden_states(
     by_document = places is not None and "position_ids" in row
     with _by_document(decoder, row["position_ids"] if by_document else None) as documents:
         states, _ = _run(decoder, run, **row, **documents)
-    if places is None: return states
-    states = states[0] if by_document else states[row["attention_mask"].bool()]  # (N, H)
     shape = next(iter(inputs.values())).shape[:2]  # (B, T)
+    if places is None: return states[:, -shape[1]:]  # without the tokens of a prompt that an adapter puts before
+    states = states[0] if by_document else states[row["attention_mask"].bool()]  # (N, H)
     return states.new_zeros(shape.numel(), states.shape[-1]).index_copy(0, places, states).view(*shape, -1)
 
-# %% ../nbs/api/02_models.ipynb #02-models-34
+# %% ../nbs/api/02_models.ipynb #02-models-37
 def _decoder_of(model: nn.Module) -> tuple[nn.Module, Family]:
     "The decoder of a model and its family. Raises where the decoder has no parts of the family's names."
     bare, family = unwrap(model), family_of(model)
@@ -272,7 +276,7 @@ def split_layers(
     setattr(trunk, family.norm, nn.Identity())
     return trunk, top
 
-# %% ../nbs/api/02_models.ipynb #02-models-37
+# %% ../nbs/api/02_models.ipynb #02-models-40
 SITES = ("attention", "mlp", "probabilities", "final")
 
 def _modules_at(model: nn.Module, sites: tuple[str, ...]) -> dict[str, list[nn.Module]]:
@@ -288,7 +292,7 @@ def _modules_at(model: nn.Module, sites: tuple[str, ...]) -> dict[str, list[nn.M
         raise ValueError("dropout on probabilities of soft-capped attention needs attn_implementation='eager'")
     return {site: found[site] for site in sites}
 
-# %% ../nbs/api/02_models.ipynb #02-models-39
+# %% ../nbs/api/02_models.ipynb #02-models-42
 def _drop_output(p: float, module: nn.Module, args: tuple, out: Tensor | tuple) -> Tensor | tuple:
     "A forward hook that applies dropout to the output of a module."
     return (F.dropout(out[0], p), *out[1:]) if isinstance(out, tuple) else F.dropout(out, p)
@@ -313,7 +317,7 @@ def dropout_at(
             for h in hooks: h.remove()
             for m, rate in zip(attention, rates): m.attention_dropout = rate
 
-# %% ../nbs/api/02_models.ipynb #02-models-47
+# %% ../nbs/api/02_models.ipynb #02-models-50
 PRECISIONS = ("auto", "float32", "bfloat16")
 def use_bf16(precision: str = "auto") -> bool:
     'Whether a precision means bfloat16 on this machine; "auto" does if there is hardware for it.'
@@ -326,7 +330,7 @@ def autocast(precision: str = "auto") -> torch.autocast:
     "A context in which layers compute in one of `PRECISIONS`."
     return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=use_bf16(precision))
 
-# %% ../nbs/api/02_models.ipynb #02-models-50
+# %% ../nbs/api/02_models.ipynb #02-models-53
 def add_lora(
     model: PreTrainedModel,  # a causal language model
     rank: int = 16,  # rank of the update of each linear map
@@ -337,12 +341,3 @@ def add_lora(
     from peft import LoraConfig, get_peft_model
     kind = dict(target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, **kind))
-
-# %% ../nbs/api/02_models.ipynb #02-models-53
-def weights_hash(model: nn.Module) -> str:  # 16 hexadecimal digits
-    "SHA-256 over names, shapes, dtypes and values of all parameters."
-    h = hashlib.sha256()
-    for name, p in sorted(model.named_parameters()):
-        h.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())
-        h.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return h.hexdigest()[:16]

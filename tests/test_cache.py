@@ -1,0 +1,84 @@
+"""A cache of hidden states never gives those of something else."""
+import json
+
+import pytest, torch
+from safetensors.torch import load_file, save_file
+
+from uat_repro import cache
+from uat_repro.cache import PART, HiddenCache, compute_states
+from uat_repro.models import tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*computed again")
+ROWS = [dict(id=str(i), input_ids=[3 + (i + j) % 200 for j in range(3 + 5 * i % 17)]) for i in range(23)]
+
+
+@pytest.fixture(autouse=True)
+def small_files(monkeypatch):
+    monkeypatch.setattr(cache, "PART_TOKENS", 40)
+    monkeypatch.setattr(cache, "PART_RECORDS", 4)
+
+
+def right(found, model):
+    "Whether every record has its own states."
+    want = compute_states(model, ROWS)
+    return all(torch.allclose(found[i], want[i], atol=1e-4) for i in range(len(ROWS)))
+
+
+@pytest.mark.parametrize("first,second", [(1, 16), (16, 1), (4, 7), (7, 4)])
+def test_any_batch_size_completes_a_cache(tmp_path, first, second):
+    model = tiny_model()
+    HiddenCache.build(model, ROWS, tmp_path, batch_size=first)
+    (tmp_path/PART.format(1)).unlink()
+    kept = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("states-*")}
+    assert len(kept) > 2 and right(HiddenCache.build(model, ROWS, tmp_path, batch_size=second), model)
+    assert kept == {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("states-*") if p.name in kept}
+
+
+@pytest.mark.parametrize("index", [None, "", "{", "[]", "{}"])
+def test_without_an_index_old_files_are_not_taken(tmp_path, index):
+    HiddenCache.build(tiny_model(seed=1), ROWS, tmp_path)
+    (tmp_path/"index.json").unlink()
+    if index is not None: (tmp_path/"index.json").write_text(index)
+    with pytest.raises((ValueError, FileNotFoundError), match="HiddenCache.build"): HiddenCache(tmp_path)
+    assert right(HiddenCache.build(tiny_model(), ROWS, tmp_path), tiny_model())
+
+
+def test_an_index_of_other_weights_does_not_adopt_files(tmp_path):
+    "The index of one model over the files of another, as a copied file leaves it."
+    for seed in (0, 1): HiddenCache.build(tiny_model(seed=seed), ROWS, tmp_path/str(seed))
+    (tmp_path/"1"/"index.json").write_text((tmp_path/"0"/"index.json").read_text())
+    with pytest.raises(ValueError, match="holds other states"): HiddenCache(tmp_path/"1")
+    assert right(HiddenCache.build(tiny_model(), ROWS, tmp_path/"1"), tiny_model())
+
+
+def test_another_division_into_files_does_not_keep_them(tmp_path, monkeypatch):
+    "As it was when the division followed the batch size."
+    HiddenCache.build(tiny_model(), ROWS, tmp_path)
+    monkeypatch.setattr(cache, "PART_RECORDS", 3)
+    assert right(HiddenCache.build(tiny_model(), ROWS, tmp_path), tiny_model())
+
+
+def _cut(file): file.write_bytes(file.read_bytes()[:-8])
+def _empty(file): file.write_bytes(b"")
+def _without_label(file): save_file(load_file(file), file)
+def _short(file): save_file(dict(states=load_file(file)["states"][:-1].clone()), file, dict(identity="x"))
+
+
+@pytest.mark.parametrize("damage", [_cut, _empty, _without_label, _short])
+def test_a_damaged_file_is_named_and_made_again(tmp_path, damage):
+    model = tiny_model()
+    HiddenCache.build(model, ROWS, tmp_path)
+    damage(tmp_path/PART.format(2))
+    with pytest.raises(ValueError, match=r"1 of \d+ files: states-00002.*call HiddenCache.build again"):
+        HiddenCache(tmp_path)
+    with pytest.warns(UserWarning, match="states-00002.* computed again"):
+        found = HiddenCache.build(model, ROWS, tmp_path)
+    assert right(found, model)
+
+
+def test_a_file_says_what_it_is(tmp_path):
+    from safetensors import safe_open
+    built = HiddenCache.build(tiny_model(), ROWS, tmp_path)
+    lengths = json.loads((tmp_path/"index.json").read_text())["lengths"]
+    with safe_open(tmp_path/PART.format(0), "pt") as f: label = f.metadata()
+    assert label["identity"] == built.key and 40 <= int(label["rows"]) < sum(lengths)

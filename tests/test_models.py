@@ -1,0 +1,131 @@
+"""Families, wrappers and weights: what is wrong is refused, and what is tried once changes nothing."""
+import ast, multiprocessing, os, signal, time
+from pathlib import Path
+
+import pytest, torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from uat_repro import _weights, models
+from uat_repro.models import FAMILIES, Family, head_of, hidden_states, tiny_model, tiny_tokenizer, unwrap
+
+SIZES = dict(vocab_size=120, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+             head_dim=8)
+MAMBA = dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=8)
+WINDOW = dict(sliding_window=4)
+CASES = [("falcon_h1", dict(lm_head_multiplier=.02, **MAMBA)), ("llama4_text", {}), ("nemotron", {}),
+         ("recurrent_gemma", dict(lru_width=32, block_types=["recurrent", "attention"], logits_soft_cap=3.)),
+         ("doge", WINDOW), ("phimoe", WINDOW), ("mistral", WINDOW), ("llama", {}), ("gpt2", {}), ("mixtral", {}),
+         ("cohere", dict(logit_scale=.25)), ("granite", dict(logits_scaling=4.))]
+
+
+def small(family, attention=None, **more):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SIZES, **more})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    for p in model.parameters():
+        if p.dim() == 2: nn.init.normal_(p, std=.2)
+    return model
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family,more", CASES, ids=[name for name, _ in CASES])
+def test_states_and_head_are_the_models_own_logits(family, more, attention):
+    "Padded and packed, in families that scale, cap, window by mask, run a state on or take no more arguments."
+    try: model = small(family, attention, **more)
+    except ValueError: pytest.skip(f"{family} has no {attention} attention")
+    lengths = [5, 17, 11]
+    ids = [torch.randint(3, 120, (n,)) for n in lengths]
+    pad = lambda rows: nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    padded = dict(input_ids=pad(ids), attention_mask=pad([torch.ones(n).long() for n in lengths]))
+    packed = dict(input_ids=torch.cat(ids)[None], position_ids=torch.cat([torch.arange(n) for n in lengths])[None])
+    with torch.no_grad():
+        want = torch.cat([model(input_ids=i[None]).logits[0] for i in ids])
+        for batch in (padded, packed):
+            states = hidden_states(model, batch)
+            ours = head_of(model).logits(states[batch["attention_mask"].bool()] if batch is padded else states[0])
+            torch.testing.assert_close(ours, want, atol=1e-4, rtol=1e-4)
+
+
+def test_unknown_transformation_is_refused_by_name(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "recurrent_gemma", Family())
+    monkeypatch.setattr(models, "_FOUND", {})
+    model = small("recurrent_gemma", lru_width=32, block_types=["recurrent", "attention"], logits_soft_cap=3.)
+    with pytest.raises(ValueError, match="recurrent_gemma: hidden states and head do not give .* models.FAMILIES"):
+        head_of(model)
+
+
+def test_a_trial_leaves_no_trace_and_is_made_once(monkeypatch):
+    monkeypatch.setattr(models, "_FOUND", {})
+    model = tiny_model().train()
+    calls, before = [], torch.get_rng_state()
+    hook = model.get_decoder().register_forward_hook(lambda *args: calls.append(1))
+    head_of(model)
+    first = len(calls)
+    head_of(model); head_of(tiny_model(seed=1))
+    hook.remove()
+    assert first == len(calls) == 1 and len(models._FOUND) == 1
+    assert torch.equal(torch.get_rng_state(), before) and all(m.training for m in model.modules())
+
+
+def test_unwrap_changes_no_wrapper():
+    model = tiny_model()
+    wrapped = nn.DataParallel(model)
+    compiled = torch.compile(wrapped, backend="eager")
+    assert unwrap(compiled) is model and compiled._orig_mod is wrapped and wrapped.module is model
+
+
+def test_a_compiled_model_is_called_compiled():
+    model, calls = tiny_model(), []
+    def backend(graph, inputs): calls.append(1); return graph.forward
+    batch = dict(input_ids=torch.arange(10).view(2, 5), attention_mask=torch.tensor([[1] * 5, [1] * 3 + [0] * 2]))
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        for _ in range(2):
+            ours, theirs = (hidden_states(m, batch)[batch["attention_mask"].bool()] for m in (compiled, model))
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert calls
+
+
+def _convert_slowly(path, folder):
+    tiny_model().save_pretrained(folder)
+    (folder/"begun").touch()
+    time.sleep(.5)
+    tiny_tokenizer().save_pretrained(folder)
+
+
+def _load(path, cache, converted):
+    os.environ["UAT_REPRO_CACHE"] = cache
+    def convert(path, folder):
+        converted.put(1)
+        _convert_slowly(path, folder)
+    _weights._convert, _weights._needs = convert, lambda *args: None
+    _weights.load_model(path)
+
+
+def test_a_killed_conversion_and_two_at_once(tmp_path):
+    gguf = tmp_path/"small.gguf"
+    gguf.write_bytes(b"any content")
+    start = multiprocessing.get_context("fork")
+    converted = start.Queue()
+    process = lambda: start.Process(target=_load, args=(str(gguf), str(tmp_path/"cache"), converted))
+    killed = process(); killed.start()
+    for _ in range(600):
+        if list(tmp_path.glob("cache/*/begun")): break
+        time.sleep(.05)
+    os.kill(killed.pid, signal.SIGKILL); killed.join()
+    both = [process(), process()]
+    for p in both: p.start()
+    for p in both: p.join()
+    assert [p.exitcode for p in both] == [0, 0]
+    assert sum(converted.get(timeout=5) for _ in range(2)) == 2  # the killed one, and one of the two
+    assert converted.empty()
+    assert not list(tmp_path.glob("cache/*.part"))
+
+
+def test_weights_import_nothing_of_the_library():
+    "They are a part of `models`, which nothing of the library stands below; and neither file is long."
+    text = Path(_weights.__file__).read_text(encoding="utf-8")
+    assert not [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ImportFrom) and n.level]
+    assert len(text.splitlines()) <= 350
