@@ -55,8 +55,9 @@ def _check_fresh(model: nn.Module):
     if model.active_peft_config.is_prompt_learning:
         raise ValueError("a tuned prompt is no adapter that can be switched off: "
                          "use FrozenTeacher(model.get_base_model())")
-    own = model.base_model.prefix  # of the names of an adapter's parameters, as "lora_"
-    if others := [n for n, p in model.named_parameters() if p.requires_grad and own not in n]:
+    own = (model.base_model.prefix, "trainable_tokens_")  # in the names of an adapter's parameters, as "lora_"
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    if others := [n for n in trained if not any(x in n for x in own)]:
         raise ValueError(f"{len(others)} parameters outside the adapter are trained, such as {others[0]}: "
                          "freeze them, or use FrozenTeacher(model)")
     if any(p.abs().max() > 0 for n, p in model.named_parameters() if "lora_B" in n):
