@@ -56,6 +56,11 @@ def test_unknown_transformation_is_refused_by_name(monkeypatch):
         head_of(model)
 
 
+@pytest.mark.parametrize("family", ["bert", "electra", "modernbert-decoder"])
+def test_an_output_layer_with_more_than_a_matrix_is_refused(family):
+    with pytest.raises(ValueError, match=f"{family}: .* choose another family"): head_of(small(family, is_decoder=True))
+
+
 def test_a_trial_leaves_no_trace_and_is_made_once(monkeypatch):
     monkeypatch.setattr(models, "_FOUND", {})
     model = tiny_model().train()

@@ -73,6 +73,7 @@ _FOUND: dict[tuple, bool] = {}  # what a trial found, by its name, the model's c
 def _body(model: nn.Module) -> nn.Module:
     "The decoder of a causal language model: what comes before its head."
     decoder = model.get_decoder()
+    if not hasattr(decoder, "config"): return model.base_model  # ModernBERT calls its output layer a decoder
     return decoder if decoder.get_output_embeddings() is None else decoder.model  # Llama 4's text model returns itself
 
 @torch.no_grad()
@@ -83,7 +84,7 @@ def _once(trial: Callable, model: nn.Module) -> bool:
     if key in _FOUND: return _FOUND[key]
     if not all(type(p) is nn.Parameter and p.numel() and not p.is_meta for p in model.parameters()): return True
     device = next(model.parameters()).device
-    ids = torch.arange(5, device=device)[None] % model.config.vocab_size  # (1, 5)
+    ids = torch.arange(5, device=device)[None]  # (1, 5)
     gpus = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(gpus), eval_mode(model): _FOUND[key] = bool(trial(model, ids))
     return _FOUND[key]
@@ -128,7 +129,7 @@ def family_of(model: nn.Module) -> Family:  # the entry of its `model_type`, or 
 def _same_logits(head: Head, model: nn.Module, ids: Tensor) -> bool:
     "Whether a head makes the model's own logits of its last hidden states."
     states, logits = _run(_body(model), model, input_ids=ids)
-    return _close(head.logits(states), logits.logits, 2e-2)
+    return states.shape[-1] == head.weight.shape[1] and _close(head.logits(states), logits.logits, 2e-2)
 
 def head_of(model: nn.Module) -> Head:  # shares storage with the model
     "The head of a causal language model, wrapped or not. Raises where it is not a plain linear map."
@@ -139,8 +140,8 @@ def head_of(model: nn.Module) -> Head:  # shares storage with the model
     scale = read(family.multiplier, None) or 1 / (read(family.divisor, None) or 1)
     head = Head(out.weight, out.bias, read(family.softcap, None), scale)
     if not _once(partial(_same_logits, head), model):
-        raise ValueError(f"{model.config.model_type}: hidden states and head do not give the model's own logits; "
-                         "add an entry to models.FAMILIES that says how its config scales or caps them")
+        raise ValueError(f"{model.config.model_type}: hidden states and head do not give the model's own logits; name "
+                         "the config field that scales or caps them in models.FAMILIES, or choose another family")
     return head
 
 # %% ../nbs/api/02_models.ipynb #02-models-23
