@@ -1,5 +1,5 @@
 """The Trainer: one result however a step is cut, in one process or two, with checkpoints, and in TRL."""
-import gc, json
+import gc, json, os
 
 import pytest, torch
 import torch.distributed as dist
@@ -75,6 +75,8 @@ SPLIT = {
 def in_group(rank, work, store, *args):
     "Do `work` as one of two gloo processes. Its models are gone before the group is: their reducers wait on it."
     torch.set_num_threads(1)
+    place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=0)  # for the Trainer
+    os.environ.update({name: str(value) for name, value in place.items()})
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     work(rank, *args)
     gc.collect()

@@ -114,13 +114,25 @@ class _CountingTrainer(_LoggingTrainer):
         if not batch_samples: return None
         return self.accelerator.reduce(sum(self.objective.counts(b) for b in batch_samples).to(device), "sum")
 
+# %% ../nbs/api/09_training.ipynb #09-training-21
+class _EvaluatingTrainer(_CountingTrainer):
+    "A Trainer whose `eval_loss` is the mean over all response tokens, whatever it trains on."
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        "The loss over all response tokens, and no predictions."
+        "The loss of this batch over all response tokens, and no predictions."
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.accelerator.autocast(): loss = Objective.preset("mle")(model, inputs).loss
-        return loss, None, None
+        with torch.no_grad(), self.accelerator.autocast(): out = Objective.preset("mle")(model, inputs)
+        rows = out.token_loss.double().where(out.selected, 0).sum(1), out.selected.sum(1).double()  # (B,) each
+        self._evaluated = self._evaluated + self.accelerator.gather_for_metrics(torch.stack(rows, 1)).sum(0)
+        return out.loss, None, None
 
-# %% ../nbs/api/09_training.ipynb #09-training-20
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # sum of losses, tokens
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        losses, tokens = self._evaluated.tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = losses / tokens if tokens else float("nan")
+        return output
+
+# %% ../nbs/api/09_training.ipynb #09-training-22
 def _check(objective: Objective, teacher: Callable | None, arguments: dict) -> None:
     "Raise a `ValueError` that says what is missing."
     if objective.needs_teacher and teacher is None:
@@ -128,8 +140,8 @@ def _check(objective: Objective, teacher: Callable | None, arguments: dict) -> N
     if arguments.get("data_collator") is None and arguments.get("processing_class") is None:
         raise ValueError("pass processing_class=tokenizer, or a data_collator that makes labels")
 
-# %% ../nbs/api/09_training.ipynb #09-training-21
-class UncertaintyAwareTrainer(_CountingTrainer):
+# %% ../nbs/api/09_training.ipynb #09-training-23
+class UncertaintyAwareTrainer(_EvaluatingTrainer):
     "A `transformers.Trainer` that minimises an `Objective`; all other arguments are the Trainer's."
     loss_is_scaled_for_ga = True  # the objective divides by the totals of the whole step
 
@@ -157,7 +169,7 @@ class UncertaintyAwareTrainer(_CountingTrainer):
         loss = out.loss if num_items_in_batch is None else out.loss * self.accelerator.num_processes
         return (loss, out) if return_outputs else loss
 
-# %% ../nbs/api/09_training.ipynb #09-training-34
+# %% ../nbs/api/09_training.ipynb #09-training-38
 class AtSteps(TrainerCallback):
     "Call `fn(step, model)` at step 0, every `every` steps, and at the end."
     def __init__(self,
@@ -173,7 +185,7 @@ class AtSteps(TrainerCallback):
         step = state.global_step
         if step % self.every == 0 or step == state.max_steps: self.fn(step, model)
 
-# %% ../nbs/api/09_training.ipynb #09-training-37
+# %% ../nbs/api/09_training.ipynb #09-training-41
 def train_in_memory(
     model: nn.Module,  # trained in place
     objective: Objective | str,  # or the name of a preset
