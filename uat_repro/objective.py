@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .head import TokenScores, map_tokens, scores_of, token_loss, token_scores
-from .masking import check_selection, count_kept, select_tokens
+from .masking import beyond, check_selection, count_kept, select_among
 from .models import Head, eval_mode, has_dropout, head_of, hidden_states
 from .tokens import Layout, lay_out
 from .uncertainty import Ensemble, MCDropout, TokenUncertainty
@@ -54,7 +54,6 @@ class Rule:
         if self.needs not in NEEDS:
             raise ValueError(f"needs is {self.needs!r}; allowed are {', '.join(map(repr, NEEDS))}")
 
-# %% ../nbs/api/08_objective.ipynb #08-objective-12
 def _judge(fn: Callable[[Scored], Tensor], scored: Scored) -> Tensor:
     "One number for each token (N,), without gradient."
     with torch.no_grad(): values = fn(scored)
@@ -63,7 +62,7 @@ def _judge(fn: Callable[[Scored], Tensor], scored: Scored) -> Tensor:
                          f"return one number for each of {len(scored.scores.loss)} tokens")
     return values.float()
 
-# %% ../nbs/api/08_objective.ipynb #08-objective-15
+# %% ../nbs/api/08_objective.ipynb #08-objective-14
 @dataclass(frozen=True)
 class Metric(Rule):
     "What tokens compete by."
@@ -75,7 +74,6 @@ def _random_by_document(scored: Scored) -> Tensor:
     "One draw for each document, the same for all of its tokens."
     return torch.rand(scored.layout.valid.numel(), device=scored.states.device)[scored.layout.documents]
 
-# %% ../nbs/api/08_objective.ipynb #08-objective-16
 METRICS = {
     "loss": Metric(attrgetter("scores.loss")),
     "entropy": Metric(attrgetter("scores.entropy")),
@@ -87,7 +85,7 @@ METRICS = {
     "excess": Metric(lambda scored: scored.scores.loss - scored.teacher.loss, "reference"),
 }
 
-# %% ../nbs/api/08_objective.ipynb #08-objective-19
+# %% ../nbs/api/08_objective.ipynb #08-objective-17
 def _named(what: str, name: str, known: Mapping):
     "The entry of that name; a `ValueError` lists the names, the nearest first."
     if name in known: return known[name]
@@ -99,7 +97,7 @@ def _rule(what: str, given: str | Rule | Callable[[Scored], Tensor], known: Mapp
     if isinstance(given, Rule): return given
     return Rule(given) if callable(given) else _named(what, given, known)
 
-# %% ../nbs/api/08_objective.ipynb #08-objective-22
+# %% ../nbs/api/08_objective.ipynb #08-objective-20
 def top_entropy(
     logits: Tensor,  # (..., V)
     k: int = 20,  # continuations that are looked at
@@ -116,7 +114,7 @@ WEIGHTS = {
     "top_entropy": Weight(lambda scored: scored.over_logits(top_entropy), "logits"),
 }
 
-# %% ../nbs/api/08_objective.ipynb #08-objective-25
+# %% ../nbs/api/08_objective.ipynb #08-objective-23
 PRESETS = {
     "mle": dict(keep=1.0),
     "masked_mle": dict(),
@@ -133,7 +131,7 @@ PRESETS = {
     "eaft": dict(keep=1.0, weight="top_entropy"),
 }
 
-# %% ../nbs/api/08_objective.ipynb #08-objective-26
+# %% ../nbs/api/08_objective.ipynb #08-objective-24
 def _check(o: "Settings") -> None:
     "Raise a `ValueError` that says what was given and what is allowed."
     check_selection(o.keep, o.granularity, o.scope, o.order)
@@ -146,13 +144,13 @@ def _check(o: "Settings") -> None:
     if o.threshold is not None and o.granularity == "document":
         raise ValueError("a threshold is for tokens: leave granularity at 'token', or choose documents by keep")
 
-# %% ../nbs/api/08_objective.ipynb #08-objective-27
+# %% ../nbs/api/08_objective.ipynb #08-objective-25
 def _rules(o: "Settings") -> list[Rule]:
     "The rules that will be asked: a metric only if there is something to select."
     metric = [_rule("metric", o.metric, METRICS)] if o.selects else []
     return metric if o.weight is None else [*metric, _rule("weight", o.weight, WEIGHTS)]
 
-# %% ../nbs/api/08_objective.ipynb #08-objective-29
+# %% ../nbs/api/08_objective.ipynb #08-objective-27
 @dataclass(frozen=True)
 class Settings:
     "The choices of equation 9; those that make no sense raise a `ValueError`."
@@ -181,36 +179,17 @@ class Settings:
     @property
     def needs_teacher(self) -> bool: return self.distill_weight > 0 or bool(self.needs & {"teacher", "reference"})
 
-# %% ../nbs/api/08_objective.ipynb #08-objective-32
-def _compete(o: Settings, values: Tensor, documents: Tensor) -> Tensor:
-    "Which tokens (N,) win, from their values and the numbers of their documents (equation 7)."
-    lengths = torch.bincount(documents, minlength=1)  # (documents,)
-    starts = lengths.cumsum(0) - lengths  # (documents,)
-    places = documents, torch.arange(len(documents), device=values.device) - starts[documents]
-    table = values.new_full((len(lengths), int(lengths.max())), float("nan"))  # (documents, longest)
-    table[places] = values
-    filled = torch.zeros_like(table, dtype=torch.bool)
-    filled[places] = True
-    return select_tokens(table, filled, o.keep, o.granularity, o.scope, o.order)[places]
-
-# %% ../nbs/api/08_objective.ipynb #08-objective-35
-def _beyond(o: Settings, values: Tensor) -> Tensor:
-    "Which tokens (N,) lie on the right side of the threshold."
-    if values.isnan().any():
-        raise ValueError("a score is NaN, which no threshold can judge; look for overflow in the model's dtype")
-    return values >= o.threshold if o.order == "top" else values <= o.threshold
-
-# %% ../nbs/api/08_objective.ipynb #08-objective-38
+# %% ../nbs/api/08_objective.ipynb #08-objective-30
 def _select(o: Settings, scored: Scored) -> Tensor:
     "M: which of the tokens (N,) to train on."
     if not o.selects: return torch.ones_like(scored.layout.targets, dtype=torch.bool)
     metric = _rule("metric", o.metric, METRICS)
     by_document = o.granularity == "document" and getattr(metric, "by_document", None)
     values = _judge(by_document or metric.fn, scored)  # (N,)
-    if o.threshold is not None: return _beyond(o, values)
-    return _compete(o, values, scored.layout.documents)
+    if o.threshold is not None: return beyond(values, o.threshold, o.order)
+    return select_among(values, scored.layout.documents, o.keep, o.granularity, o.scope, o.order)
 
-# %% ../nbs/api/08_objective.ipynb #08-objective-40
+# %% ../nbs/api/08_objective.ipynb #08-objective-32
 def _pick(u: TokenUncertainty, index: Tensor) -> TokenUncertainty:
     "Uncertainties at some positions."
     return replace(u, **{k: v[..., index] for k, v in vars(u).items() if isinstance(v, Tensor)})
@@ -228,7 +207,7 @@ def _weigh(o: Settings, scored: Scored, selected: Tensor) -> Tensor:
     if o.weight is not None: weights[selected] = _judge(_rule("weight", o.weight, WEIGHTS).fn, _only(scored, selected))
     return weights
 
-# %% ../nbs/api/08_objective.ipynb #08-objective-45
+# %% ../nbs/api/08_objective.ipynb #08-objective-37
 def _over_ranks(x: Tensor) -> tuple[Tensor, int]:
     "The sum of `x` over all ranks, and how many ranks there are."
     if not (dist.is_available() and dist.is_initialized()): return x, 1
@@ -236,7 +215,6 @@ def _over_ranks(x: Tensor) -> tuple[Tensor, int]:
     dist.all_reduce(x)
     return x, dist.get_world_size()
 
-# %% ../nbs/api/08_objective.ipynb #08-objective-46
 def _count(o: Settings, layout: Layout) -> Tensor:
     "(2,) |M| and |D| from the labels alone, or |R| twice if not `o.by_number`; summed over ranks, the totals of all."
     lengths = torch.bincount(layout.documents, minlength=1)  # (documents,)
@@ -246,7 +224,7 @@ def _count(o: Settings, layout: Layout) -> Tensor:
     counts = (kept, n - kept if o.distill_on == "rest" else n) if o.by_number else (n, n)
     return torch.tensor([float(c) for c in counts], device=lengths.device) / world
 
-# %% ../nbs/api/08_objective.ipynb #08-objective-49
+# %% ../nbs/api/08_objective.ipynb #08-objective-40
 def _inverse_divisors(o: Settings, layout: Layout, selected: Tensor, distilled: Tensor, total: Tensor | None) -> Tensor:
     "(2,) 1/|M| and 1/|D| of a step, from its `total` counts or as if this batch were all; 0 where there is nothing."
     own = _count(o, layout)  # (2,)
@@ -258,7 +236,7 @@ def _inverse_divisors(o: Settings, layout: Layout, selected: Tensor, distilled: 
         seen = seen / world
     return torch.where((seen > 0) & (total > 0), own / (seen * total), 0)
 
-# %% ../nbs/api/08_objective.ipynb #08-objective-52
+# %% ../nbs/api/08_objective.ipynb #08-objective-43
 def _second(o: Settings, teacher: Callable | None, batch: Mapping, layout: Layout) -> tuple[Tensor | None, Head | None]:
     "The teacher's states (N, H') of the response tokens and its output layer, if the objective needs them."
     if not o.needs_teacher: return None, None
@@ -276,7 +254,7 @@ def _score(o: Settings, model: nn.Module, batch: Mapping, layout: Layout, states
     if "posterior" not in o.needs: return scored
     return replace(scored, uncertainty=_pick((o.posterior or MCDropout())(model, batch), layout.valid))
 
-# %% ../nbs/api/08_objective.ipynb #08-objective-55
+# %% ../nbs/api/08_objective.ipynb #08-objective-46
 class ObjectiveOutput(NamedTuple):
     "The loss of one batch and its parts; all but `loss` are detached."
     loss: Tensor  # scalar with gradient, nats
@@ -286,7 +264,7 @@ class ObjectiveOutput(NamedTuple):
     token_loss: Tensor  # (B, T) predictive loss, NaN where not valid
     token_entropy: Tensor  # (B, T) predictive entropy, NaN where not valid
 
-# %% ../nbs/api/08_objective.ipynb #08-objective-56
+# %% ../nbs/api/08_objective.ipynb #08-objective-47
 class Objective(Settings):
     "Equation 9: call it on `(model, batch)`. The fields are those of `Settings`."
     @classmethod
@@ -320,27 +298,49 @@ class Objective(Settings):
         tokens = (layout.spread(x) for x in (scored.scores.loss, scored.scores.entropy))
         return ObjectiveOutput(loss, mle, distill, layout.spread(selected) == 1, *tokens)
 
-# %% ../nbs/api/08_objective.ipynb #08-objective-74
+# %% ../nbs/api/08_objective.ipynb #08-objective-65
+def _check_step(o: Settings, tokens: int, num_items: Tensor | int | None) -> None:
+    "Raise a `ValueError` unless the divisor of a step is known from this batch of so many response tokens."
+    said = torch.as_tensor(tokens if num_items is None else num_items)
+    if said.numel() > 1:
+        raise ValueError(f"the batch is split over {said.numel()} GPUs of one process, which scales the loss wrongly: "
+                         "set CUDA_VISIBLE_DEVICES to one, or start with `accelerate launch`")
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if o.selects and (several or said != tokens):
+        raise ValueError(f"this batch has {tokens} response tokens of a step that has more, and a compute_loss_func "
+                         "cannot know how many of those are selected: use UncertaintyAwareTrainer, or one device with "
+                         "gradient_accumulation_steps=1")
+
+# %% ../nbs/api/08_objective.ipynb #08-objective-66
 class _Given(NamedTuple):
     "An output layer for states that are logits already."
     weight: Tensor  # (V, N): only its length is read
 
     def logits(self, hidden: Tensor) -> Tensor: return hidden
 
-def as_compute_loss_func(
-    objective: Objective,  # whose rules need nothing but the logits
-) -> Callable:  # (outputs, labels, num_items_in_batch=None) -> scalar loss
-    "The objective as a `compute_loss_func` for `transformers.Trainer` and TRL's `SFTTrainer`."
-    if objective.needs_teacher or "posterior" in objective.needs:
+def _check_logits(o: Settings) -> None:
+    "Raise a `ValueError` if logits and labels are not enough for an objective."
+    if o.needs_teacher or "posterior" in o.needs:
         raise ValueError("logits have neither teacher nor posterior: use UncertaintyAwareTrainer for this objective")
+    if o.selects and (o.scope == "sequence" or o.granularity == "document"):
+        raise ValueError(f"scope is {o.scope!r} and granularity {o.granularity!r}, but a compute_loss_func sees no "
+                         "position ids and cannot tell packed documents apart: use UncertaintyAwareTrainer")
+
+# %% ../nbs/api/08_objective.ipynb #08-objective-68
+def as_compute_loss_func(
+    objective: Objective,  # whose rules need nothing but the logits of one batch
+) -> Callable:  # (outputs, labels, num_items_in_batch=None) -> scalar loss; without gradient that of "mle"
+    "The objective as a `compute_loss_func` for `transformers.Trainer` and TRL's `SFTTrainer`."
+    _check_logits(objective)
     def compute_loss(outputs, labels: Tensor, num_items_in_batch=None) -> Tensor:
+        o = objective if torch.is_grad_enabled() else Objective.preset("mle")
         layout = lay_out(dict(labels=labels))
+        _check_step(o, len(layout.targets), num_items_in_batch)
         logits = layout.predicting(outputs.logits).float()  # (N, V)
         with torch.no_grad(): scores = scores_of(logits, layout.targets)
         scored = Scored(layout, scores, logits.detach(), _Given(logits.T))
-        selected = _select(objective, scored)  # (N,) M
-        weights = _weigh(objective, scored, selected)[selected]
+        selected = _select(o, scored)  # (N,) M
         losses = F.cross_entropy(logits[selected], layout.targets[selected], reduction="none")
-        mean = (weights * losses).sum() / selected.sum().clamp(min=1)
-        return mean if num_items_in_batch is None else mean * len(layout.targets) / num_items_in_batch
+        divisor = selected.sum() if o.selects or num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        return (_weigh(o, scored, selected)[selected] * losses).sum() / divisor.clamp(min=1)
     return compute_loss
