@@ -1,13 +1,16 @@
 """What a Trainer reports and keeps: the same in one process and in two, and nothing that it cannot do in silence."""
-import pytest, torch
-from transformers import PrinterCallback, TrainingArguments
+from pathlib import Path
 
-from examples import PAIRS, rows, tokenizer
+import pandas as pd
+import pytest, torch
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from examples import PAIRS, flat_grad, rows, tokenizer
 from test_training import InOrder, two_processes
 from uat_repro.models import tiny_model
-from uat_repro.objective import Objective
+from uat_repro.objective import Objective, as_compute_loss_func
 from uat_repro.tokens import Collator
-from uat_repro.training import UncertaintyAwareTrainer
+from uat_repro.training import TokenLog, UncertaintyAwareTrainer
 
 collate = Collator(tokenizer)
 
@@ -42,7 +45,8 @@ def test_eval_loss_is_the_mean_over_tokens_for_every_batch_size_and_in_two_proce
     batch = collate(rows(RAGGED))
     exact = Objective.preset("mle")(tiny_model(), batch).loss.item()
     two_processes(evaluated, tmp_path/"store", tmp_path, tmp_path/"out.pt")
-    for losses in (eval_losses(tmp_path), torch.load(tmp_path/"out.pt")): assert losses == pytest.approx([exact] * 4, rel=1e-6)
+    for losses in (eval_losses(tmp_path), torch.load(tmp_path/"out.pt")):
+        assert losses == pytest.approx([exact] * 4, rel=1e-6)
     by_record = [Objective.preset("mle")(tiny_model(), collate([row])).loss.item() for row in rows(RAGGED)]
     assert sum(by_record) / len(by_record) != pytest.approx(exact, rel=1e-4)  # the mean of means is another number
 
@@ -50,3 +54,114 @@ def test_eval_loss_is_the_mean_over_tokens_for_every_batch_size_and_in_two_proce
 def test_eval_loss_of_data_without_responses_is_not_zero(tmp_path):
     silent = [dict(row, labels=[-100] * len(row["labels"])) for row in rows()]
     assert trainer(tmp_path).evaluate(silent)["eval_loss"] != 0
+
+
+class Plain(Trainer):
+    "The Trainer of transformers on the examples, in their order, with a loss function."
+    def _get_train_sampler(self, train_dataset=None): return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def change(folder, objective, **changes):
+    "The gradient of one step on all six examples by `as_compute_loss_func`: the change of the weights, and the Trainer."
+    model, before = tiny_model(), torch.cat([p.detach().flatten().clone() for p in tiny_model().parameters()])
+    data = [{k: row[k] for k in ("input_ids", "labels")} for row in rows()]
+    t = Plain(model, arguments(folder, remove_unused_columns=False, **changes), train_dataset=data,
+              data_collator=collate, compute_loss_func=as_compute_loss_func(objective))
+    t.remove_callback(PrinterCallback)
+    t.train()
+    return before - torch.cat([p.detach().flatten() for p in model.parameters()]), t
+
+
+def exact_gradient(objective):
+    objective(model := tiny_model(), collate(rows())).loss.backward()
+    return flat_grad(model)
+
+
+NO_DIVISOR = "cannot know how many of those are selected: use UncertaintyAwareTrainer"
+
+
+def test_a_loss_function_gives_the_gradient_of_the_objective_or_refuses(tmp_path):
+    for o in (Objective(), Objective(threshold=5.5), Objective(weight="probability"), Objective.preset("mle")):
+        found, _ = change(tmp_path, o, per_device_train_batch_size=6)
+        torch.testing.assert_close(found, exact_gradient(o), atol=1e-6, rtol=1e-3)
+    for name in ("mle", "dft"):  # nothing is selected, so all response tokens divide
+        found, _ = change(tmp_path, Objective.preset(name), per_device_train_batch_size=2, gradient_accumulation_steps=3)
+        torch.testing.assert_close(found, exact_gradient(Objective.preset(name)), atol=1e-6, rtol=1e-3)
+    with pytest.raises(ValueError, match=NO_DIVISOR):
+        change(tmp_path, Objective(), per_device_train_batch_size=2, gradient_accumulation_steps=3)
+
+
+def by_loss_function(rank, folder, out):
+    found, _ = change(folder, Objective.preset("mle"), per_device_train_batch_size=3)
+    with pytest.raises(ValueError, match=NO_DIVISOR):
+        change(folder, Objective(), per_device_train_batch_size=3, average_tokens_across_devices=False)
+    if rank == 0: torch.save(found, out)
+
+
+def test_a_loss_function_in_two_processes(tmp_path):
+    two_processes(by_loss_function, tmp_path/"store", tmp_path, tmp_path/"out.pt")
+    together, mle = torch.load(tmp_path/"out.pt"), exact_gradient(Objective.preset("mle"))
+    torch.testing.assert_close(together, mle, atol=1e-6, rtol=1e-3)
+
+
+def test_a_loss_function_evaluates_with_the_plain_loss(tmp_path):
+    "`load_best_model_at_end` reads this number."
+    _, t = change(tmp_path, Objective(), per_device_train_batch_size=6, per_device_eval_batch_size=6, learning_rate=0.)
+    plain = Objective.preset("mle")(tiny_model(), collate(rows())).loss.item()
+    assert t.evaluate(rows())["eval_loss"] == pytest.approx(plain, rel=1e-5)
+    assert next(r["train_loss"] for r in t.state.log_history if "train_loss" in r) > 1.01 * plain  # the masked loss
+
+
+@pytest.mark.parametrize("settings", [dict(scope="sequence"), dict(granularity="document"),
+                                      dict(granularity="document", metric="random")], ids=str)
+def test_a_loss_function_cannot_tell_packed_documents_apart(settings):
+    with pytest.raises(ValueError, match="cannot tell packed documents apart: use UncertaintyAwareTrainer"):
+        as_compute_loss_func(Objective(**settings))
+
+
+def logged(folder, size):
+    log = TokenLog(folder/f"{size}.parquet", (0, 1), tokenizer)
+    trainer(folder, Objective(scope="global"), token_log=log, per_device_train_batch_size=size, max_steps=2,
+            learning_rate=0.).train()
+    return log.path
+
+
+def log_tokens(rank, folder): logged(Path(folder), 2)
+
+
+def test_the_token_log_has_the_documents_of_all_ranks(tmp_path):
+    "Two processes with two documents each against one with four; the second step of three documents is filled up."
+    two_processes(log_tokens, tmp_path/"store", tmp_path)
+    key = ["step", "record", "position"]
+    apart, whole = (pd.read_parquet(path).sort_values(key, ignore_index=True)
+                    for path in (tmp_path/"2.parquet", logged(tmp_path, 4)))
+    first = [frame[frame["step"] == 0].reset_index(drop=True) for frame in (apart, whole)]
+    assert first[0]["record"].unique().tolist() == ["0", "1", "2", "3"]
+    pd.testing.assert_frame_equal(*first, rtol=1e-5)
+    assert {"4", "5"} <= set(apart.loc[apart["step"] == 1, "record"])
+
+
+def test_the_token_log_keeps_two_records_of_one_id(tmp_path):
+    data = [dict(row, id="the same") for row in rows()]
+    log = TokenLog(tmp_path/"tokens.parquet", (0,), tokenizer)
+    for _ in range(2):  # trained again, from the start
+        trainer(tmp_path, data=data, token_log=log, per_device_train_batch_size=2, gradient_accumulation_steps=3).train()
+    assert len(pd.read_parquet(log.path)) == sum(label != -100 for row in data for label in row["labels"])
+
+
+def test_several_visible_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
+    args = arguments(tmp_path)
+    monkeypatch.setattr(args, "_n_gpu", 4)
+    with pytest.raises(ValueError, match="sees 4 GPUs.*set CUDA_VISIBLE_DEVICES .*or start with .accelerate launch"):
+        UncertaintyAwareTrainer(tiny_model(), args, train_dataset=rows(), processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("name, value", [("label_smoothing_factor", .1), ("train_sampling_strategy", "sequential")])
+def test_arguments_without_effect_are_refused(name, value, tmp_path):
+    with pytest.raises(ValueError, match=f"^{name} is .* leave it at"): trainer(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"])
+def test_functions_that_would_never_be_called_are_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=f"^{name} would never be called"):
+        UncertaintyAwareTrainer(tiny_model(), arguments(tmp_path), processing_class=tokenizer, **{name: print})

@@ -130,7 +130,7 @@ def test_trl_takes_the_loss_function(tmp_path):
     trl = pytest.importorskip("trl", reason="TRL is an optional companion: pip install trl")
     from datasets import Dataset
     args = trl.SFTConfig(
-        str(tmp_path), max_steps=2, per_device_train_batch_size=3, gradient_accumulation_steps=2, learning_rate=1e-2,
+        str(tmp_path), max_steps=2, per_device_train_batch_size=6, learning_rate=1e-2,
         report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1,
         dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, bf16=False)
     dataset = Dataset.from_list([{k: r[k] for k in ("input_ids", "labels")} for r in rows()])

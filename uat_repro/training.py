@@ -8,12 +8,13 @@ Docs: https://uat-repro.github.io/uat-repro/api/training.html.md"""
 __all__ = ['TokenLog', 'UncertaintyAwareTrainer', 'AtSteps', 'train_in_memory']
 
 # %% ../nbs/api/09_training.ipynb #09-training-03
-import os, tempfile, time
+import math, os, tempfile, time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -74,7 +75,15 @@ def _write(path: Path, frame: pd.DataFrame) -> None:
     os.replace(part, path)
 
 # %% ../nbs/api/09_training.ipynb #09-training-14
-class TokenLog:
+def _of_all_ranks(frame: pd.DataFrame) -> pd.DataFrame:
+    "The frames of all ranks, one below the other; nothing on ranks that do not write."
+    if not (dist.is_available() and dist.is_initialized()): return frame
+    frames = [None] * dist.get_world_size()
+    dist.all_gather_object(frames, frame)
+    return pd.concat([f for f in frames if len(f)] or [frame]) if dist.get_rank() == 0 else frame[:0]
+
+# %% ../nbs/api/09_training.ipynb #09-training-15
+class TokenLog(TrainerCallback):
     "Scores and selection of every response token at chosen steps, in a Parquet file."
     def __init__(self,
         path: str | Path,  # columns: step, record, position, token, loss, entropy, selected
@@ -83,24 +92,30 @@ class TokenLog:
     ):
         self.path, self.steps, self.tokenizer = Path(path), set(steps), tokenizer
         self.frames = [pd.read_parquet(self.path)] if self.path.exists() else []
+        self.last = math.inf  # the step before this one: a run begins where steps go back
+
+    def on_train_begin(self, *args, **kwargs): self.last = math.inf
 
     def __call__(self, step: int, batch, out: ObjectiveOutput) -> None:
-        "Add one micro-batch of `step`, if that step is to be recorded."
+        "Add one micro-batch of `step`, if that step is to be recorded. All ranks call it."
+        if step < self.last: self.frames = [f[f["step"] < step] for f in self.frames]  # a resumed run repeats these
+        self.last = step
         if step not in self.steps: return
         scores = dict(loss=out.token_loss, entropy=out.token_entropy, selected=out.selected)
-        new = token_frame(batch, self.tokenizer, **scores)
+        new = _of_all_ranks(token_frame(batch, self.tokenizer, **scores))
+        if not len(new): return
         new.insert(0, "step", step)
-        self.frames = [f[f["step"] <= step] for f in self.frames] + [new]  # a resumed run repeats later steps
-        _write(self.path, pd.concat(self.frames).drop_duplicates(["step", "record", "position"], keep="last"))
+        self.frames.append(new)
+        _write(self.path, pd.concat(self.frames))
 
-# %% ../nbs/api/09_training.ipynb #09-training-17
+# %% ../nbs/api/09_training.ipynb #09-training-20
 def _lengths(dataset: Sequence) -> list[int]:
     "Number of tokens of every row, without reading more than the tokens."
     if hasattr(dataset, "lengths"): return dataset.lengths
     ids = dataset["input_ids"] if hasattr(dataset, "column_names") else (row["input_ids"] for row in dataset)
     return [len(row) for row in ids]
 
-# %% ../nbs/api/09_training.ipynb #09-training-19
+# %% ../nbs/api/09_training.ipynb #09-training-22
 class _CountingTrainer(_LoggingTrainer):
     "A Trainer that counts the tokens of a step before its first forward."
     objective: Objective
@@ -114,7 +129,7 @@ class _CountingTrainer(_LoggingTrainer):
         if not batch_samples: return None
         return self.accelerator.reduce(sum(self.objective.counts(b) for b in batch_samples).to(device), "sum")
 
-# %% ../nbs/api/09_training.ipynb #09-training-21
+# %% ../nbs/api/09_training.ipynb #09-training-24
 class _EvaluatingTrainer(_CountingTrainer):
     "A Trainer whose `eval_loss` is the mean over all response tokens, whatever it trains on."
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -132,15 +147,32 @@ class _EvaluatingTrainer(_CountingTrainer):
         output.metrics[f"{metric_key_prefix}_loss"] = losses / tokens if tokens else float("nan")
         return output
 
-# %% ../nbs/api/09_training.ipynb #09-training-22
-def _check(objective: Objective, teacher: Callable | None, arguments: dict) -> None:
-    "Raise a `ValueError` that says what is missing."
+# %% ../nbs/api/09_training.ipynb #09-training-25
+_UNREAD = ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics")
+
+def _check(objective: Objective, teacher: Callable | None, args: TrainingArguments, arguments: dict) -> None:
+    "Raise a `ValueError` that says what is missing, or what would have no effect."
     if objective.needs_teacher and teacher is None:
         raise ValueError("this objective needs a teacher: pass teacher=FrozenTeacher(model), made before training")
     if arguments.get("data_collator") is None and arguments.get("processing_class") is None:
         raise ValueError("pass processing_class=tokenizer, or a data_collator that makes labels")
+    if unread := [name for name in _UNREAD if arguments.get(name) is not None]:
+        raise ValueError(f"{unread[0]} would never be called: the loss is the objective's and an evaluation keeps no "
+                         "logits; leave it out, and measure with `evaluate` of uat_repro.evaluation")
+    if args.label_smoothing_factor:
+        raise ValueError(f"label_smoothing_factor is {args.label_smoothing_factor}, but no objective has smoothed "
+                         "labels: leave it at 0")
+    if args.train_sampling_strategy != "random":
+        raise ValueError(f"train_sampling_strategy is {args.train_sampling_strategy!r}, but documents of similar length "
+                         "are put together here: leave it at 'random', or override _get_train_sampler")
 
-# %% ../nbs/api/09_training.ipynb #09-training-23
+# %% ../nbs/api/09_training.ipynb #09-training-27
+def _check_devices(gpus: int) -> None:
+    if gpus > 1:
+        raise ValueError(f"this process sees {gpus} GPUs, and transformers would make batches {gpus} times as large: "
+                         "set CUDA_VISIBLE_DEVICES to one of them, or start with `accelerate launch`")
+
+# %% ../nbs/api/09_training.ipynb #09-training-29
 class UncertaintyAwareTrainer(_EvaluatingTrainer):
     "A `transformers.Trainer` that minimises an `Objective`; all other arguments are the Trainer's."
     loss_is_scaled_for_ga = True  # the objective divides by the totals of the whole step
@@ -155,21 +187,23 @@ class UncertaintyAwareTrainer(_EvaluatingTrainer):
     ):
         self.objective = Objective.preset(objective) if isinstance(objective, str) else objective
         self.teacher, self.token_log = teacher, token_log
-        _check(self.objective, teacher, kwargs)
-        if args is not None: args.remove_unused_columns = False
+        args = TrainingArguments("tmp_trainer") if args is None else args  # the Trainer's own default
+        _check(self.objective, teacher, args, kwargs)
+        args.remove_unused_columns = False
         if kwargs.get("data_collator") is None: kwargs["data_collator"] = Collator(kwargs["processing_class"])
         super().__init__(model, args, **kwargs)
+        _check_devices(self.args.n_gpu)
+        if token_log is not None: self.add_callback(token_log)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "This micro-batch's share of the loss of the step; gradients are averaged over devices, hence the factor."
         with self.accelerator.autocast(): out = self.objective(model, inputs, self.teacher, num_items_in_batch)
         if model.training: self._observe(self.objective, out, inputs)
-        log = self.token_log if model.training and self.is_world_process_zero() else None
-        if log: log(self.state.global_step, inputs, out)
+        if model.training and self.token_log is not None: self.token_log(self.state.global_step, inputs, out)
         loss = out.loss if num_items_in_batch is None else out.loss * self.accelerator.num_processes
         return (loss, out) if return_outputs else loss
 
-# %% ../nbs/api/09_training.ipynb #09-training-38
+# %% ../nbs/api/09_training.ipynb #09-training-44
 class AtSteps(TrainerCallback):
     "Call `fn(step, model)` at step 0, every `every` steps, and at the end."
     def __init__(self,
@@ -185,7 +219,7 @@ class AtSteps(TrainerCallback):
         step = state.global_step
         if step % self.every == 0 or step == state.max_steps: self.fn(step, model)
 
-# %% ../nbs/api/09_training.ipynb #09-training-41
+# %% ../nbs/api/09_training.ipynb #09-training-47
 def train_in_memory(
     model: nn.Module,  # trained in place
     objective: Objective | str,  # or the name of a preset
