@@ -1,7 +1,7 @@
 """Scores under autocast are those without it: layers run in bfloat16, nothing between logits and a score does."""
 import pytest, torch
 
-from uat_repro.head import scores_and_divergence, scores_of, token_loss, token_scores
+from uat_repro.head import full_precision, map_tokens, scores_and_divergence, scores_of, token_loss, token_scores
 from uat_repro.models import Head
 from uat_repro.uncertainty import _mixture_scores, decompose
 
@@ -45,3 +45,57 @@ def test_aleatoric_uncertainty_is_exact(case):
     with torch.autocast("cpu", torch.bfloat16): total, aleatoric, *_ = _mixture_scores(logits.clone(), targets)
     torch.testing.assert_close(aleatoric.double(), exact.aleatoric, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(total.double(), exact.total, atol=1e-3, rtol=1e-3)
+
+
+class Watched(Head):
+    "A head that notes how products of float32 matrices are computed, in the forward and the backward."
+    seen = []
+
+    def logits(self, hidden):
+        self.seen.append(torch.backends.cuda.matmul.fp32_precision + torch.backends.mkldnn.matmul.fp32_precision)
+        return super().logits(hidden)
+
+
+def by_default(): pass
+def by_transformers(): torch.backends.fp32_precision = "tf32"
+def by_accelerate(): torch.backends.cuda.matmul.allow_tf32 = True
+def by_the_user(): torch.set_float32_matmul_precision("high")
+
+
+PLACES = torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+
+
+@pytest.fixture
+def untouched():
+    "Settings of the process, put back afterwards."
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for place in PLACES: place.fp32_precision = "none"
+
+
+def settings(): return [place.fp32_precision for place in PLACES]
+
+
+@pytest.mark.parametrize("switch", [by_default, by_transformers, by_accelerate, by_the_user])
+def test_the_head_never_rounds_to_tf32_and_leaves_the_setting(case, switch, untouched):
+    hidden, other, head, targets = case
+    plain = token_loss(hidden, targets, head, torch.ones(50), torch.ones(50), other, head)[0]
+    switch()
+    before, head = settings(), Watched(*head)
+    Watched.seen.clear()
+    leaf = hidden.clone().requires_grad_()
+    scores = token_scores(hidden, targets, head)
+    total = token_loss(leaf, targets, head, torch.ones(50), torch.ones(50), other, head)[0]
+    total.backward()
+    scores_and_divergence(hidden, targets, head, other, head, scores.log_z)
+    map_tokens(lambda logits: (logits.sum(-1),), hidden, head)
+    assert set(Watched.seen) == {"ieeeieee"}
+    assert settings() == before and torch.equal(total, plain)
+    torch.backends.fp32_precision = "ieee"  # whoever followed the setting for all still does
+    assert settings()[1:] == ["ieee" if b == before[0] else b for b in before[1:]]
+
+
+def test_the_setting_is_put_back_after_an_error(case, untouched):
+    by_transformers()
+    with pytest.raises(ZeroDivisionError), full_precision(): 1 / 0
+    assert settings() == ["tf32"] * 3

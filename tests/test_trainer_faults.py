@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest, torch
+from torch._dynamo.utils import counters
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from examples import PAIRS, flat_grad, rows, tokenizer
@@ -56,13 +57,38 @@ def test_eval_loss_of_data_without_responses_is_not_zero(tmp_path):
     assert trainer(tmp_path).evaluate(silent)["eval_loss"] != 0
 
 
+def trained(folder, size, compiled):
+    "Weights after three steps of four documents, and what the forward went through."
+    backend = dict(torch_compile=True, torch_compile_backend="eager") if compiled else {}
+    t = trainer(folder, "mle", rows()[:4], per_device_train_batch_size=size, max_steps=3, learning_rate=.1, **backend)
+    t.train()
+    return torch.cat([p.detach().flatten() for p in t.model.parameters()]), counters["stats"]["calls_captured"]
+
+
+def compile_in_group(rank, folder):
+    weights, calls = trained(folder, 2, compiled=True)
+    assert calls
+    torch.save(weights, f"{folder}/{rank}.pt")
+
+
+def test_compiled_models_of_two_processes_end_with_the_weights_of_one(tmp_path):
+    "Gradients are averaged although torch.compile wraps DistributedDataParallel, and one process is compiled too."
+    two_processes(compile_in_group, tmp_path/"store", tmp_path)
+    first, second = (torch.load(tmp_path/f"{rank}.pt") for rank in (0, 1))
+    plain, _ = trained(tmp_path, 4, compiled=False)
+    counters.clear()
+    compiled, calls = trained(tmp_path, 4, compiled=True)
+    assert calls and torch.equal(first, second)
+    for weights in (first, compiled): torch.testing.assert_close(weights, plain, atol=1e-5, rtol=1e-4)
+
+
 class Plain(Trainer):
     "The Trainer of transformers on the examples, in their order, with a loss function."
     def _get_train_sampler(self, train_dataset=None): return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
 def change(folder, objective, **changes):
-    "The gradient of one step on all six examples by `as_compute_loss_func`: the change of the weights, and the Trainer."
+    "The gradient of one step on all examples by `as_compute_loss_func`: the change of the weights; the Trainer."
     model, before = tiny_model(), torch.cat([p.detach().flatten().clone() for p in tiny_model().parameters()])
     data = [{k: row[k] for k in ("input_ids", "labels")} for row in rows()]
     t = Plain(model, arguments(folder, remove_unused_columns=False, **changes), train_dataset=data,
@@ -85,8 +111,9 @@ def test_a_loss_function_gives_the_gradient_of_the_objective_or_refuses(tmp_path
         found, _ = change(tmp_path, o, per_device_train_batch_size=6)
         torch.testing.assert_close(found, exact_gradient(o), atol=1e-6, rtol=1e-3)
     for name in ("mle", "dft"):  # nothing is selected, so all response tokens divide
-        found, _ = change(tmp_path, Objective.preset(name), per_device_train_batch_size=2, gradient_accumulation_steps=3)
-        torch.testing.assert_close(found, exact_gradient(Objective.preset(name)), atol=1e-6, rtol=1e-3)
+        o = Objective.preset(name)
+        found, _ = change(tmp_path, o, per_device_train_batch_size=2, gradient_accumulation_steps=3)
+        torch.testing.assert_close(found, exact_gradient(o), atol=1e-6, rtol=1e-3)
     with pytest.raises(ValueError, match=NO_DIVISOR):
         change(tmp_path, Objective(), per_device_train_batch_size=2, gradient_accumulation_steps=3)
 
@@ -143,9 +170,9 @@ def test_the_token_log_has_the_documents_of_all_ranks(tmp_path):
 
 def test_the_token_log_keeps_two_records_of_one_id(tmp_path):
     data = [dict(row, id="the same") for row in rows()]
-    log = TokenLog(tmp_path/"tokens.parquet", (0,), tokenizer)
+    log, cut = TokenLog(tmp_path/"tokens.parquet", (0,), tokenizer), dict(gradient_accumulation_steps=3)
     for _ in range(2):  # trained again, from the start
-        trainer(tmp_path, data=data, token_log=log, per_device_train_batch_size=2, gradient_accumulation_steps=3).train()
+        trainer(tmp_path, data=data, token_log=log, per_device_train_batch_size=2, **cut).train()
     assert len(pd.read_parquet(log.path)) == sum(label != -100 for row in data for label in row["labels"])
 
 

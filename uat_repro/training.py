@@ -163,7 +163,7 @@ def _check(objective: Objective, teacher: Callable | None, args: TrainingArgumen
         raise ValueError(f"label_smoothing_factor is {args.label_smoothing_factor}, but no objective has smoothed "
                          "labels: leave it at 0")
     if args.train_sampling_strategy != "random":
-        raise ValueError(f"train_sampling_strategy is {args.train_sampling_strategy!r}, but documents of similar length "
+        raise ValueError(f"train_sampling_strategy is {args.train_sampling_strategy!r}, but documents of like length "
                          "are put together here: leave it at 'random', or override _get_train_sampler")
 
 # %% ../nbs/api/09_training.ipynb #09-training-27
