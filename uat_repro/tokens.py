@@ -16,113 +16,64 @@ from dataclasses import dataclass
 
 import numpy as np, pandas as pd, torch
 from datasets import Dataset
-from jinja2.exceptions import TemplateError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 from tqdm import tqdm
 
+from ._templates import Unusable, label_chat
 from .records import record_id, to_messages
 
 _log = logging.getLogger(__name__)
 
-# %% ../nbs/api/01_tokens.ipynb #01-tokens-08
-class _Unusable(ValueError):
-    "A record that can't be used; `reason` is what it has in common with others."
-    def __init__(self, message: str, reason: str):
-        super().__init__(message)
-        self.reason = reason
-
-class _TooLong(_Unusable):
+# %% ../nbs/api/01_tokens.ipynb #01-tokens-11
+class _TooLong(Unusable):
     "A record whose response would have to be cut."
 
-# %% ../nbs/api/01_tokens.ipynb #01-tokens-09
-def _render(messages: list[dict], tokenizer, **kwargs) -> str:
-    "The chat as one text, by the tokenizer's template."
-    try: return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
-    except TemplateError as e:
-        reason = f"refused by the chat template ({e})"
-        raise _Unusable(f"it is {reason}: reshape or remove the record", reason) from None
-
-# %% ../nbs/api/01_tokens.ipynb #01-tokens-10
-def _pieces(messages: list[dict], tokenizer) -> list[tuple[str, bool]]:
-    "The rendered chat, cut into prompts and responses: (text, whether it is a response)."
-    pieces, done, closing = [], "", tokenizer.eos_token or ""
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant": continue
-        before = _render(messages[:i], tokenizer, add_generation_prompt=True)
-        after = _render(messages[:i + 1], tokenizer)
-        if pieces and not before.startswith(done):  # Phi-3 took the closing token back
-            pieces[-1], done = (pieces[-1][0].removesuffix(closing), True), done.removesuffix(closing)
-        if not (before.startswith(done) and after.startswith(before)):
-            raise _Unusable(f"the chat template rewrites what stands before turn {i + 1}: make one record of each "
-                            "response", "rewritten by the chat template")
-        pieces += [(before[len(done):], False), (after[len(before):], True)]
-        done = after
-    return pieces
-
-# %% ../nbs/api/01_tokens.ipynb #01-tokens-13
-def _response_length(ids: list[int], tokenizer) -> int:
-    "The number of tokens of a rendered assistant turn up to its end-of-turn token, without the layout after it."
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {*tokenizer.all_special_ids}
-    length = len(ids)
-    for i in reversed(range(len(ids))):
-        if ids[i] in special - {tokenizer.unk_token_id}: length = i + 1
-        elif tokenizer.decode(ids[i]).strip(): break
-    return length
-
-# %% ../nbs/api/01_tokens.ipynb #01-tokens-16
-def _label(messages: list[dict], tokenizer) -> tuple[list[int], list[int]]:
-    "Token ids of a chat, and its labels: the same ids on responses, -100 elsewhere."
-    ids, labels = [], []
-    for text, is_response in _pieces(messages, tokenizer):
-        piece = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        n = _response_length(piece, tokenizer) if is_response else 0
-        ids += piece
-        labels += piece[:n] + [-100] * (len(piece) - n)
-    return ids, labels
-
-# %% ../nbs/api/01_tokens.ipynb #01-tokens-19
 def _fit(labels: list[int], max_length: int | None, crop: bool) -> None:
     "Raise if the responses of a record don't fit into `max_length` tokens, cut if `crop` allows it."
     learned = [i for i, label in enumerate(labels) if label != -100]
     if max_length is None or learned[-1] < max_length: return
     if learned[0] >= max_length:
         reason = f"no room for a response in max_length={max_length}"
-        raise _Unusable(f"its prompt of {learned[0]} tokens leaves {reason}: raise max_length or remove the record",
+        raise Unusable(f"its prompt of {learned[0]} tokens leaves {reason}: raise max_length or remove the record",
                         reason)
     if crop: return
     raise _TooLong(f"its {learned[-1] + 1} tokens exceed max_length={max_length}: raise max_length, or cut responses "
                    "(encode with crop=True, encode_all with too_long='crop')", f"longer than max_length={max_length}")
 
-# %% ../nbs/api/01_tokens.ipynb #01-tokens-21
-def _require_template(tokenizer) -> None:
-    "Raise if a tokenizer has no chat template."
+def _require(tokenizer) -> None:
+    "Raise if a tokenizer has no chat template, or does not know where its tokens stand."
+    name = tokenizer.name_or_path or "this model"
     if not tokenizer.chat_template:
-        raise ValueError(f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template: "
+        raise ValueError(f"the tokenizer of {name} has no chat template: "
                          "take that of an instruction-tuned model, or set tokenizer.chat_template")
+    if not tokenizer.is_fast:
+        raise ValueError(f"the tokenizer of {name} gives no character offsets: load its fast version (tokenizer.json)")
 
-# %% ../nbs/api/01_tokens.ipynb #01-tokens-22
+# %% ../nbs/api/01_tokens.ipynb #01-tokens-13
+def _encode(record: dict, tokenizer, max_length: int | None, crop: bool) -> tuple[dict, bool]:
+    "A row as from `encode`, and whether all of its answers have labels."
+    _require(tokenizer)
+    messages = to_messages(record)
+    id = str(record.get("id") or record_id(messages))
+    try:
+        ids, labels, whole = label_chat(messages, tokenizer)
+        _fit(labels, max_length, crop)
+    except Unusable as e: raise type(e)(f"record {id!r}: {e}", e.reason) from None
+    except ValueError as e: raise ValueError(f"record {id!r}: {e}") from None
+    return dict(input_ids=ids[:max_length], labels=labels[:max_length], id=id), whole
+
 def encode(
     record: dict,  # a record of `load_records`, or in any format of `records.FORMATS`
-    tokenizer,  # any tokenizer with a chat template
+    tokenizer,  # any fast tokenizer with a chat template
     max_length: int | None = None,  # room for prompt and response together, in tokens
     crop: bool = False,  # cut a response that is too long; it then lacks the end-of-turn token
 ) -> dict:  # `input_ids` and `labels`, lists of equal length, and `id`
     "Token ids of a record with labels on its responses; a `ValueError` names the record that doesn't fit."
-    _require_template(tokenizer)
-    messages = to_messages(record)
-    id = str(record.get("id") or record_id(messages))
-    try:
-        ids, labels = _label(messages, tokenizer)
-        _fit(labels, max_length, crop)
-    except _Unusable as e: raise type(e)(f"record {id!r}: {e}", e.reason) from None
-    except ValueError as e: raise ValueError(f"record {id!r}: {e}") from None
-    return dict(input_ids=ids[:max_length], labels=labels[:max_length], id=id)
+    return _encode(record, tokenizer, max_length, crop)[0]
 
-# %% ../nbs/api/01_tokens.ipynb #01-tokens-27
-_TOO_LONG = "error", "drop", "crop"
-
+# %% ../nbs/api/01_tokens.ipynb #01-tokens-18
 def encode_all(
     records: Iterable[dict],  # records of `load_records`
     tokenizer,  # any tokenizer with a chat template
@@ -132,32 +83,32 @@ def encode_all(
     left_out: Counter | None = None,  # is filled with the number of records for each reason
 ) -> Dataset:  # columns `input_ids`, `labels`, `id`, `cluster`
     "Encode records, leaving out those that can't be used; a `ValueError` if none is left."
-    if too_long not in _TOO_LONG:
-        raise ValueError(f"too_long={too_long!r} is unknown: it is one of {', '.join(_TOO_LONG)}")
-    records, rows, skipped = list(records), [], Counter() if left_out is None else left_out
+    if too_long not in ("error", "drop", "crop"):
+        raise ValueError(f"too_long={too_long!r} is unknown: it is one of error, drop, crop")
+    records, rows, partial, skipped = list(records), [], 0, Counter() if left_out is None else left_out
     for record in tqdm(records, desc="encode", leave=False, disable=len(records) < 1000):
-        try: row = encode(record, tokenizer, max_length, crop=too_long == "crop")
-        except _Unusable as e:
+        try: row, whole = _encode(record, tokenizer, max_length, crop=too_long == "crop")
+        except Unusable as e:
             if isinstance(e, _TooLong) and too_long == "error": raise
             skipped[e.reason] += 1
             continue
         if sum(label != -100 for label in row["labels"]) < min_response:
             skipped[f"with fewer than {min_response} response tokens"] += 1
-        else: rows.append(row | dict(cluster=str(record.get("cluster", row["id"]))))
+            continue
+        rows.append(row | dict(cluster=str(record.get("cluster", row["id"]))))
+        partial += not whole
     reasons = "; ".join(f"{n} {reason}" for reason, n in skipped.items())
     if not rows: raise ValueError(f"none of {len(records)} records can be used: {reasons or 'give at least one'}")
     if skipped: _log.warning("left out %d of %d records: %s", skipped.total(), len(records), reasons)
+    if partial: _log.warning("%d of %d records: only the last answer is trained, as the chat template writes earlier "
+                             "answers in another way than last ones", partial, len(rows))
     return Dataset.from_list(rows)
 
-# %% ../nbs/api/01_tokens.ipynb #01-tokens-30
+# %% ../nbs/api/01_tokens.ipynb #01-tokens-21
 class Collator:
     "Rows to a batch: padded on the right, with the attention mask given by the lengths."
-    def __init__(
-        self,
-        tokenizer,  # gives the id of padding, or else that of the end of a sequence; masks never depend on it
-    ):
+    def __init__(self, tokenizer):  # pads with its padding id, or else its end of sequence; masks never depend on them
         self.pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-
     def __call__(
         self,
         rows: Sequence[dict],  # with `labels`, with `input_ids` or `inputs_embeds` (T, H), and perhaps `id`
@@ -171,14 +122,9 @@ class Collator:
         batch["attention_mask"] = (torch.arange(lengths.max()) < lengths[:, None]).long()
         return batch | (dict(id=[str(row["id"]) for row in rows]) if "id" in rows[0] else {})
 
-# %% ../nbs/api/01_tokens.ipynb #01-tokens-34
-def _batches(
-    lengths: Sequence[int],  # number of tokens of each record
-    batch_size: int,  # records in a batch
-    window: int,  # batches that are sorted together
-    rng: np.random.Generator,  # source of the shuffles
-) -> list[list[int]]:  # indices, batch by batch, a short batch last
-    "Shuffle, sort by length within windows, cut into batches, shuffle these."
+# %% ../nbs/api/01_tokens.ipynb #01-tokens-25
+def _batches(lengths: Sequence[int], batch_size: int, window: int, rng: np.random.Generator) -> list[list[int]]:
+    "Indices, batch by batch, a short one last: shuffle, sort by length within windows, cut, shuffle the batches."
     order, size, batches, short = rng.permutation(len(lengths)).tolist(), window * batch_size, [], []
     for start in range(0, len(order), size):
         part = sorted(order[start:start + size], key=lengths.__getitem__)
@@ -188,7 +134,7 @@ def _batches(
         batches += [part[i:i + batch_size] for i in range(0, len(part), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))] + short
 
-# %% ../nbs/api/01_tokens.ipynb #01-tokens-37
+# %% ../nbs/api/01_tokens.ipynb #01-tokens-28
 class LengthSampler(Sampler[int]):
     "Indices of an epoch, each once, with records of similar length in the same batch."
     def __init__(
@@ -201,21 +147,18 @@ class LengthSampler(Sampler[int]):
         if batch_size < 1 or window < 1:
             raise ValueError(f"batch_size={batch_size} and window={window}: both must be at least 1")
         self.lengths, self.batch_size, self.window, self.seed, self.epoch = list(lengths), batch_size, window, seed, 0
-
     def set_epoch(self, epoch: int) -> None: self.epoch = epoch
     def __len__(self) -> int: return len(self.lengths)
     def __iter__(self) -> Iterator[int]: return (i for batch in self.batches() for i in batch)
-
     def batches(self) -> list[list[int]]:  # indices, batch by batch
         "The batches of this epoch."
         return _batches(self.lengths, self.batch_size, self.window, np.random.default_rng((self.seed, self.epoch)))
-
     def padding(self) -> float:  # between 0 and 1
         "The share of this epoch's tokens that is padding."
         full = sum(len(batch) * max(self.lengths[i] for i in batch) for batch in self.batches())
         return 1 - sum(self.lengths) / full if full else 0.0
 
-# %% ../nbs/api/01_tokens.ipynb #01-tokens-45
+# %% ../nbs/api/01_tokens.ipynb #01-tokens-36
 def valid_tokens(
     labels: Tensor,  # (B, T) token ids, -100 where no loss is wanted
     position_ids: Tensor | None = None,  # (B, T) positions inside each document, for packed rows
@@ -226,7 +169,6 @@ def valid_tokens(
     if position_ids is not None: first |= position_ids == 0
     return (labels != -100) & ~first
 
-# %% ../nbs/api/01_tokens.ipynb #01-tokens-48
 def document_numbers(
     batch: Mapping,  # with `labels` (B, T) and, if rows are packed, `position_ids` (B, T)
 ) -> Tensor:  # (B, T) int, running over the batch
@@ -237,21 +179,19 @@ def document_numbers(
     first[:, 0] = True
     return first.flatten().cumsum(0).view(labels.shape) - 1
 
-# %% ../nbs/api/01_tokens.ipynb #01-tokens-51
+# %% ../nbs/api/01_tokens.ipynb #01-tokens-40
 @dataclass(frozen=True)
 class Layout:
     "The response tokens of a batch one after the other, and the way back to (B, T)."
     valid: Tensor  # (B, T) bool, from `valid_tokens`
     targets: Tensor  # (N,) token ids
     documents: Tensor  # (N,) number of the document of each token
-
     def predicting(
         self,
         hidden: Tensor,  # (..., B, T, H) hidden states, or logits (..., B, T, V)
     ) -> Tensor:  # (..., N, H)
         "The hidden states from which the valid tokens are predicted."
         return hidden[..., :-1, :][..., self.valid[:, 1:], :]
-
     def spread(
         self,
         values: Tensor,  # (..., N) one number for each valid token
@@ -261,7 +201,6 @@ class Layout:
         out[..., self.valid] = values.float()
         return out
 
-# %% ../nbs/api/01_tokens.ipynb #01-tokens-52
 def lay_out(
     batch: Mapping,  # padded or packed, with `labels` (B, T)
 ) -> Layout:  # of the N valid tokens, row by row
@@ -269,15 +208,7 @@ def lay_out(
     valid = valid_tokens(batch["labels"], batch.get("position_ids"))
     return Layout(valid, batch["labels"][valid], document_numbers(batch)[valid])
 
-# %% ../nbs/api/01_tokens.ipynb #01-tokens-55
-def _record_column(layout: Layout, ids: Sequence[str]) -> list[str]:
-    "The id of the document of each token."
-    documents = layout.documents.tolist()
-    if documents and documents[-1] >= len(ids):
-        raise ValueError(f"the batch has {documents[-1] + 1} documents and {len(ids)} ids: give one for each document")
-    return [ids[i] for i in documents]
-
-# %% ../nbs/api/01_tokens.ipynb #01-tokens-56
+# %% ../nbs/api/01_tokens.ipynb #01-tokens-43
 def token_frame(
     batch: Mapping,  # padded or packed, with `labels` (B, T) and `id`: list of the ids of its documents
     tokenizer,  # turns token ids into text
@@ -286,8 +217,11 @@ def token_frame(
     "One row for each response token of a batch."
     layout, positions = lay_out(batch), batch.get("position_ids")
     if positions is None: positions = torch.arange(layout.valid.shape[1]).expand(layout.valid.shape)
+    documents, ids = layout.documents.tolist(), batch["id"]
+    if documents and documents[-1] >= len(ids):
+        raise ValueError(f"the batch has {documents[-1] + 1} documents and {len(ids)} ids: give one for each document")
     frame = pd.DataFrame(dict(
-        record=_record_column(layout, batch["id"]), position=positions[layout.valid.to(positions.device)].tolist(),
+        record=[ids[i] for i in documents], position=positions[layout.valid.to(positions.device)].tolist(),
         token=[tokenizer.decode([i]) for i in layout.targets.tolist()]))
     for name, values in scores.items(): frame[name] = values[layout.valid].cpu().numpy()
     return frame
