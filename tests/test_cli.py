@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from uat_repro import cli
+from uat_repro import _doctor, cli
 from uat_repro.masking import select_tokens
 from uat_repro.results import result_files, write_json
 from uat_repro.workflow import load_profile
@@ -46,6 +46,6 @@ def test_a_data_folder_that_is_not_there_is_refused(command, capsys):
 
 
 def test_a_package_is_told_from_other_findings_by_its_kind():
-    odd = cli.Finding("package", "name with spaces", False)
-    assert cli._runnable([odd])["smoke"] == ["name with spaces"]
-    assert cli._runnable([cli.Finding("machine", "memory", False)])["smoke"] == []
+    odd = _doctor.Finding("package", "name with spaces", False)
+    assert _doctor.runnable([odd])["smoke"] == ["name with spaces"]
+    assert _doctor.runnable([_doctor.Finding("machine", "memory", False)])["smoke"] == []

@@ -46,7 +46,7 @@ def _elements(path: Path, chunk: int = 1 << 20) -> Iterator[tuple[int, object]]:
         while True:
             try: start, element, end = _element(text, at, opening)
             except RecursionError:
-                raise ValueError(f"{path}, line {line}: record {n} is nested too deeply: correct or remove it") from None
+                raise ValueError(f"{path}, line {line}: record {n} is nested too deeply: remove it") from None
             except json.JSONDecodeError as e:
                 if more := file.read(max(chunk, len(text) - at)): text, at = text[at:] + more, 0
                 else: raise _broken(e, path, n, line + text.count("\n", at, e.pos)) from None
@@ -79,6 +79,7 @@ def _objects(path: Path) -> Iterator[tuple[int, object]]:
         yield line + text.count("\n", at, start), value
         at, line = end, line + text.count("\n", at, end)
 
+# %% ../nbs/api/00a_files.ipynb #00a-files-15
 def read_values(
     path: Path,  # a file with a JSON array, JSON lines, or JSON objects one after the other
     complain: Callable[[str], None],  # is told of each value that can't be read, with file and line

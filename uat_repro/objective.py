@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .distillation import matching_head
 from .head import TokenScores, map_tokens, scores_of, token_loss, token_scores
 from .masking import beyond, check_selection, count_kept, select_among
 from .models import Head, eval_mode, has_dropout, head_of, hidden_states
@@ -237,12 +238,12 @@ def _inverse_divisors(o: Settings, layout: Layout, selected: Tensor, distilled: 
     return torch.where((seen > 0) & (total > 0), own / (seen * total), 0)
 
 # %% ../nbs/api/08_objective.ipynb #08-objective-43
-def _second(o: Settings, teacher: Callable | None, batch: Mapping, layout: Layout) -> tuple[Tensor | None, Head | None]:
-    "The teacher's states (N, H') of the response tokens and its output layer, if the objective needs them."
+def _second(o: Settings, teacher: Callable | None, batch: Mapping, layout: Layout, head: Head) -> tuple:
+    "The teacher's states (N, H') of the response tokens and its `Head` on the student's tokens, if they are needed."
     if not o.needs_teacher: return None, None
     if teacher is None:
         raise ValueError("this objective needs a teacher: pass teacher=FrozenTeacher(model), made before training")
-    return layout.predicting(teacher(batch)), teacher.head
+    return layout.predicting(teacher(batch)), matching_head(head, teacher.head)
 
 def _score(o: Settings, model: nn.Module, batch: Mapping, layout: Layout, states: Tensor, second: tuple) -> Scored:
     "All that the rules read: scores from `states` (N, H), or from a forward in eval mode if the model drops something."
@@ -283,9 +284,9 @@ class Objective(Settings):
         num_items: Tensor | None = None,  # (2,) sum of `counts` over the whole step; by default of this batch
     ) -> ObjectiveOutput:
         "The loss of one batch, or its share of the loss of a larger one."
-        layout, head = lay_out(batch), head_of(model)
-        states = layout.predicting(hidden_states(model, batch))  # (N, H)
-        second = _second(self, teacher, batch, layout)
+        layout = lay_out(batch)
+        states, head = layout.predicting(hidden_states(model, batch)), head_of(model)  # (N, H); a forward may move it
+        second = _second(self, teacher, batch, layout, head)
         scored = _score(self, model, batch, layout, states, second)
         selected = _select(self, scored)  # (N,) M
         distilled = torch.ones_like(selected) if self.distill_on == "all" else ~selected  # (N,) D

@@ -6,7 +6,7 @@ Docs: https://uat-repro.github.io/uat-repro/api/records.html.md"""
 
 # %% auto #0
 __all__ = ['FORMATS', 'SPLITS', 'GSM_SYMBOLIC_SIZE', 'GSM_SYMBOLIC_SEED', 'DATA_PACKAGES', 'HUB', 'NAMES', 'to_messages',
-           'record_id', 'split_of', 'in_folder', 'load_records']
+           'record_id', 'split_of', 'in_folder', 'NoRecords', 'load_records']
 
 # %% ../nbs/api/00_records.ipynb #00-records-03
 import difflib, hashlib, json, logging, os, re
@@ -278,9 +278,12 @@ def _split(parts: dict[str, list[Callable]], split: str, source: str, complain: 
             if split in ("all", split_of(record["id"], parts, _cluster_number(record))))
 
 # %% ../nbs/api/00_records.ipynb #00-records-44
+class NoRecords(ValueError):
+    "Nothing is left of a split."
+
 def _refuse(complaint: str) -> None:
     "Raise a complaint about a file, with the way around it."
-    raise ValueError(f"{complaint}; mend the file, or pass strict=False to leave such records out")
+    raise ValueError(f"{complaint}; mend the file, or leave such records out (strict=False, or --on-error skip)")
 
 def load_records(
     name: str | Path,  # alpaca, gsm8k, gsm_symbolic, sharegpt, or the path of a .json or .jsonl file
@@ -301,5 +304,5 @@ def load_records(
     ends = " ... ".join(dict.fromkeys(complaints[:1] + complaints[-1:]))
     if complaints: _log.warning("%s: left out %d unusable records: %s", name, len(complaints), ends)
     if records: return records
-    raise ValueError(f"data set {name!r}: split {split!r} is empty: add records, "
-                     f"or ask for another of {', '.join(SPLITS)}, all")
+    raise NoRecords(f"data set {name!r}: split {split!r} is empty: add records, "
+                    f"or ask for another of {', '.join(SPLITS)}, all")

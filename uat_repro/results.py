@@ -136,7 +136,7 @@ def manifest(
     "Data, weights, seeds, versions and commit of a result; raises where it would name a path or a token."
     m = dict(data=dict(data or {}), weights=dict(weights or {}), seeds=seeds, versions=versions(),
              commit=git_commit(), **more, system=f"{platform.system()} {platform.machine()}")
-    told = [t for t in _texts(m) if Path(t).is_absolute() or re.match(r"[A-Za-z]:\\|~/|hf_\w{8}", t)]
+    told = [t for t in _texts(m) if Path(t).is_absolute() or re.match(r"[A-Za-z]:\\|~/|hf_[A-Za-z0-9]{30}", t)]
     if told: raise ValueError(f"a manifest must not hold {told[0]!r}: give a name or a hash in place of it")
     return m
 

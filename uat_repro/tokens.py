@@ -22,7 +22,7 @@ from torch.utils.data import Sampler
 from tqdm import tqdm
 
 from ._templates import Unusable, label_chat
-from .records import record_id, to_messages
+from .records import NoRecords, record_id, to_messages
 
 _log = logging.getLogger(__name__)
 
@@ -98,13 +98,17 @@ def encode_all(
         rows.append(row | dict(cluster=str(record.get("cluster", row["id"]))))
         partial += not whole
     reasons = "; ".join(f"{n} {reason}" for reason, n in skipped.items())
-    if not rows: raise ValueError(f"none of {len(records)} records can be used: {reasons or 'give at least one'}")
+    if not rows: raise NoRecords(f"none of {len(records)} records can be used: {reasons or 'give at least one'}")
     if skipped: _log.warning("left out %d of %d records: %s", skipped.total(), len(records), reasons)
     if partial: _log.warning("%d of %d records: only the last answer is trained, as the chat template writes earlier "
                              "answers in another way than last ones", partial, len(rows))
     return Dataset.from_list(rows)
 
 # %% ../nbs/api/01_tokens.ipynb #01-tokens-21
+def _per_token(row: dict, name: str) -> bool:
+    "Whether a column has one value for each token."
+    return not isinstance(row[name], str) and hasattr(row[name], "__len__") and len(row[name]) == len(row["labels"])
+
 class Collator:
     "Rows to a batch: padded on the right, with the attention mask given by the lengths."
     def __init__(self, tokenizer):  # pads with its padding id, or else its end of sequence; masks never depend on them
@@ -114,7 +118,7 @@ class Collator:
         rows: Sequence[dict],  # with `labels`, with `input_ids` or `inputs_embeds` (T, H), and perhaps `id`
     ) -> dict:  # tensors (B, T) and (B, T, H), `attention_mask` (B, T), and `id`: list of str
         fill = dict(input_ids=self.pad, labels=-100)
-        names = [name for name in rows[0] if name not in ("id", "cluster", "attention_mask")]
+        names = [name for name in rows[0] if name != "attention_mask" and _per_token(rows[0], name)]
         per_token = {name: [torch.as_tensor(row[name]) for row in rows] for name in names}
         batch = {name: pad_sequence(values, batch_first=True, padding_value=fill.get(name, 0))
                  for name, values in per_token.items()}
