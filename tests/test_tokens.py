@@ -165,29 +165,6 @@ TEMPLATES = FAMILIES | {  # further mechanics
 }
 
 
-def conversation(random):
-    "User and assistant in turn, with texts that look like layout, repeat each other, or hold odd characters."
-    parts = ["4", "Hi", "user", "assistant", "cat <filename>", "<mask>", "a\n\nb", "é👋", "[INST]", "#### 7", "</a>"]
-    def text(): return random.choice([" ", "\u2028", "\n"]).join(random.choices(parts, k=random.randint(1, 4)))
-    return {"messages": [dict(role=role, content=text()) for _ in range(random.randint(1, 4))
-                         for role in ("user", "assistant")]}
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_any_conversation(name):
-    "Ids of the whole, and each answer with its end of turn and nothing else."
-    template, special, end = TEMPLATES[name]
-    tokenizer, rng = tiny(template, special), random.Random(name)
-    for _ in range(60):
-        record = conversation(rng)
-        row, texts = encode(record, tokenizer), [m["content"] for m in to_messages(record)[1::2]]
-        ends = [end] * len(texts) if end is not None else ["<|end|>"] * (len(texts) - 1) + ["<|return|>"]
-        expected = [text + end for text, end in zip(texts, ends)]
-        assert row["input_ids"] == whole(record, tokenizer)
-        assert answers(row, tokenizer) == (expected[-1:] if name == "rewrites" else expected)
-        assert all(label in (-100, token) for label, token in zip(row["labels"], row["input_ids"], strict=True))
-
-
 def test_answers_that_a_template_rewrites_are_counted(caplog):
     tokenizer = tiny(*TEMPLATES["rewrites"][:2])
     with caplog.at_level(logging.WARNING): assert len(encode_all([SHAREGPT, ALPACA], tokenizer)) == 2

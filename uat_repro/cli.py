@@ -288,3 +288,6 @@ def cache(
     rows = _rows(dataset, split, records, data_dir, on_error, tokenizer, max_length)
     print(f"{len(rows)} records will take {states_size(network, rows) / 1e6:,.1f} MB in {out}")
     HiddenCache.build(network, rows, out, layer)
+
+# %% ../nbs/api/18_cli.ipynb #18-cli-43
+if __name__ == "__main__": sys.exit(main())
