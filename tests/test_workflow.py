@@ -5,8 +5,10 @@ from pathlib import Path
 import nbformat, pandas as pd, pytest, yaml
 from nbformat.v4 import new_code_cell, new_notebook
 
-from uat_repro.results import AXES, catalogue, claim_folder, figures, folder_of, result_files, runs_of
-from uat_repro.workflow import FLOW, code_digest, known_parameters, load_profile, plan, reproduce, snakemake_command
+from uat_repro._verify import file_hashes
+from uat_repro.results import AXES, catalogue, claim_folder, figures, folder_of, result_files, runs_of, write_json
+from uat_repro._code import code_digest, known_parameters
+from uat_repro.workflow import FLOW, load_profile, plan, reproduce, snakemake_command
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS, FIGURES = catalogue()["experiments"], catalogue()["figures"]
@@ -122,6 +124,60 @@ def test_goes_on_after_a_kill(nbs, profile, tmp_path, capfd):
     assert reproduce(profile(), workdir=work, notebooks=nbs) == 0
     said = capfd.readouterr().out
     assert "train" in said and "prepare" not in said, "finished runs are kept"
+
+
+def test_told_to_end_it_interrupts_its_runs_and_says_so(nbs, profile, tmp_path):
+    work, slow = tmp_path / "results", "import time; time.sleep(60)\\nfrom pathlib import Path"
+    edit(nbs / "experiments" / "prepare.ipynb", "from pathlib import Path", slow)
+    code = ("import sys; from uat_repro import cli, workflow; from functools import partial; "
+            f"cli.run_grid = partial(workflow.reproduce, notebooks={str(nbs)!r}); sys.exit(cli.main())")
+    command = [sys.executable, "-c", code, "reproduce", "--profile", profile(), "--workdir", str(work)]
+    child = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (work / "notebooks/prepare").exists() and time.monotonic() < deadline: time.sleep(.2)
+    start = time.monotonic()
+    child.terminate()
+    said = child.communicate(timeout=50)[1]
+    assert child.returncode == 143 and "stopped: the same command goes on from here" in said
+    assert time.monotonic() - start < 40, "it does not wait for the run"
+
+
+def test_what_is_altered_or_made_of_other_data_is_made_again(nbs, profile, tmp_path, capfd):
+    work, data = tmp_path / "results", tmp_path / "data"
+    data.mkdir()
+    (data / "sharegpt.json").write_text("[1]")
+    def go():
+        assert reproduce(profile(), only="fig2b", workdir=work, notebooks=nbs, data_dir=data) == 0
+        return capfd.readouterr().out
+    go()
+    run = work / "uncertainty/tiny-llama-sharegpt"
+    write_json(run / "result.json", dict(files=file_hashes(run)))
+    (run / "tokens.parquet").write_text("[")
+    os.utime(run / "tokens.parquet")  # newer than all that it was made of
+    said = go()
+    assert f"{run / 'tokens.parquet'} is altered: its run is repeated" in said and "uncertainty tiny-llama" in said and "prepare" not in said
+    os.utime(data / "sharegpt.json")
+    assert "nothing to do" in go()
+    (data / "sharegpt.json").write_text("[2]")
+    assert "prepare tiny-llama" in go()
+
+
+def test_an_update_that_cannot_be_planned_changes_nothing(nbs, profile, tmp_path):
+    work = tmp_path / "results"
+    claim_folder(work, load_profile(profile()))
+    with pytest.raises(ValueError, match="bach_size"): reproduce(profile(train=dict(bach_size=1)), workdir=work, notebooks=nbs, update=True)
+    assert json.loads((work / "profile.json").read_text())["train"].get("bach_size") is None
+
+
+def test_a_folder_with_a_leading_dash(nbs, profile, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert reproduce(profile(), only="fig2b", workdir="-odd", notebooks=nbs) == 0 and Path("-odd/figures/fig2b.png").exists()
+
+
+def test_a_profile_that_is_no_yaml_is_named(tmp_path):
+    for text, why in ("a: [", "is no valid YAML"), ("- a", "holds a list: make it sections"):
+        (tmp_path / "mine.yaml").write_text(text)
+        with pytest.raises(ValueError, match=f"mine.yaml {why}"): load_profile(str(tmp_path / "mine.yaml"))
 
 
 def test_paper_asks_for_a_gpu_for_every_experiment():

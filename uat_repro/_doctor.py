@@ -68,8 +68,10 @@ def _check_data(name: str, data_dir: str | Path | None, hub: bool) -> Finding:
 # %% ../nbs/api/18a_doctor.ipynb #18a-doctor-14
 def _check_machine(folder: str | Path = ".") -> list[Finding]:
     "GPU, memory, the disk of a folder, and processors."
-    import torch
-    gpu, told = torch.cuda.get_device_name() if torch.cuda.is_available() else "", partial(Finding, "machine")
+    told = partial(Finding, "machine")
+    try: from torch import cuda
+    except ImportError: gpu = ""  # a finding of its own
+    else: gpu = cuda.get_device_name() if cuda.is_available() else ""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     disk, elsewhere = shutil.disk_usage(folder).free / 1e9, "give a --workdir on another disk"
     return [told("GPU", bool(gpu), gpu or "none", "the paper profile needs one, cpu and smoke do not"),
@@ -79,9 +81,10 @@ def _check_machine(folder: str | Path = ".") -> list[Finding]:
 
 def findings(data_dir: Path | None, timeout: float) -> list[Finding]:
     "Everything that `doctor` looks at."
-    from uat_repro.models import PACKAGED_WEIGHTS
     from uat_repro.records import NAMES
     needed = [_check_package(r) for r in requires("uat_repro") or [] if "extra ==" not in r]
+    if not all(package.fine for package in needed): PACKAGED_WEIGHTS = {}  # to know them takes torch
+    else: from uat_repro._weights import PACKAGED_WEIGHTS
     weights = [_check_package(pip.split()[-1], pip)._replace(kind="weights", name=name)
                for name, (*_, pip) in PACKAGED_WEIGHTS.items()]
     hub = _check_hub(timeout)

@@ -6,7 +6,7 @@ Docs: https://uat-repro.github.io/uat-repro/api/records.html.md"""
 
 # %% auto #0
 __all__ = ['FORMATS', 'SPLITS', 'GSM_SYMBOLIC_SIZE', 'GSM_SYMBOLIC_SEED', 'DATA_PACKAGES', 'HUB', 'NAMES', 'to_messages',
-           'record_id', 'split_of', 'in_folder', 'NoRecords', 'load_records']
+           'record_id', 'split_of', 'in_folder', 'files_digest', 'NoRecords', 'load_records']
 
 # %% ../nbs/api/00_records.ipynb #00-records-03
 import difflib, hashlib, json, logging, os, re
@@ -15,7 +15,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from ._files import read_values
+from ._files import file_hash, read_values
 
 _log = logging.getLogger(__name__)
 
@@ -154,14 +154,14 @@ def _read(path: Path, complain: Callable[[str], None]) -> Iterator[tuple[str, ob
 _WORDS = dict(train="train", training="train", test="test", testing="test") | dict.fromkeys(
     ("validation", "valid", "val", "dev", "eval"), "validation")
 _BACKUPS = {"bak", "backup", "old", "orig", "copy", "tmp"}
-def _from_files(name: str, folder: Path) -> dict[str, list[Callable]]:
+def _from_files(name: str, folder: Path) -> dict[str, list[Path]]:
     "The files of a data set in a folder, by the split in their names; empty if there is none."
     parts = {}
     for path in sorted(folder.glob(f"{name}*")):
         if path.suffix not in (".json", ".jsonl"): continue
         words = re.findall("[a-z]+", path.stem[len(name):].lower())
         if _BACKUPS & {*words}: _log.warning("%s is named like a backup and not read: rename or remove it", path)
-        else: parts.setdefault(next((_WORDS[w] for w in words if w in _WORDS), ""), []).append(partial(_read, path))
+        else: parts.setdefault(next((_WORDS[w] for w in words if w in _WORDS), ""), []).append(path)
     return parts
 
 def in_folder(
@@ -170,6 +170,15 @@ def in_folder(
 ) -> bool:  # True if the folder has a file of the data set
     "Whether your data folder has a data set."
     return bool(data_dir) and bool(_from_files(dataset, Path(data_dir)))
+
+def files_digest(
+    dataset: str,  # name of a data set
+    data_dir: str | Path | None,  # folder of your files, if you have one
+) -> str:  # 16 hexadecimal digits; empty where the folder has no file of the data set
+    "A hash of the names and contents of your files of a data set."
+    if not in_folder(dataset, data_dir): return ""
+    hashes = {path.name: file_hash(path) for paths in _from_files(dataset, Path(data_dir)).values() for path in paths}
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../nbs/api/00_records.ipynb #00-records-30
 GSM_SYMBOLIC_SIZE, GSM_SYMBOLIC_SEED = 5000, 0
@@ -238,7 +247,8 @@ def _find(name: str, data_dir: str | Path | None) -> tuple[dict[str, list[Callab
     folder = data_dir or os.environ.get("UAT_REPRO_DATA_DIR")
     if folder and not Path(folder).is_dir():
         raise FileNotFoundError(f"data_dir {folder} is not a folder: check the argument or UAT_REPRO_DATA_DIR")
-    if folder and (parts := _from_files(name, Path(folder))): return parts, True
+    if folder and (parts := _from_files(name, Path(folder))):
+        return {split: [partial(_read, path) for path in paths] for split, paths in parts.items()}, True
     reasons = [f"no file {name}*.json in {folder}" if folder else "no data_dir given"]
     for place, known, source in ("package", DATA_PACKAGES, _from_package), ("hub", HUB, _from_hub):
         if name not in known: continue

@@ -23,6 +23,9 @@ from pathlib import Path
 from textwrap import shorten
 
 import pandas as pd, yaml
+from pyarrow import ArrowInvalid
+
+_REMAKE = "delete it, and `uat-repro reproduce` makes it again"
 
 # %% ../nbs/api/11_results.ipynb #11-results-05
 def write_whole(
@@ -56,8 +59,9 @@ def write_json(
 def read_json(
     path: str | Path,  # a file of JSON
 ) -> dict | list:  # what it holds
-    "Read a file of JSON."
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    "Read a file of JSON; a `ValueError` of one line names one that is damaged."
+    try: return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as e: raise ValueError(f"{path} is damaged ({e}): {_REMAKE}") from None
 
 # %% ../nbs/api/11_results.ipynb #11-results-14
 def write_frame(
@@ -259,6 +263,11 @@ def _identified(
     return table.assign(**identity)
 
 # %% ../nbs/api/11_results.ipynb #11-results-62
+def _read_frame(path: Path) -> pd.DataFrame:
+    "A table; a `ValueError` of one line names a file that is damaged."
+    try: return pd.read_parquet(path)
+    except (ArrowInvalid, OSError) as e: raise ValueError(f"{path} is damaged ({e}): {_REMAKE}") from None
+
 def read_table(
     results: str | Path,  # folder of results
     experiment: str,  # whose runs are asked for
@@ -268,7 +277,7 @@ def read_table(
     "One table of many runs; runs that do not keep it are left out."
     kept = [f for f in find_runs(results, experiment, runs) if (f / f"{table}.parquet").is_file()]
     if not kept: raise FileNotFoundError(f"none of the runs in {Path(results) / experiment} keeps a {table}.parquet")
-    parts = [_identified(pd.read_parquet(f / f"{table}.parquet"), read_about(f)["identity"]) for f in kept]
+    parts = [_identified(_read_frame(f / f"{table}.parquet"), read_about(f)["identity"]) for f in kept]
     return pd.concat(parts, ignore_index=True)
 
 # %% ../nbs/api/11_results.ipynb #11-results-65
