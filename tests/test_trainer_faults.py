@@ -8,6 +8,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from examples import PAIRS, flat_grad, rows, tokenizer
 from test_training import InOrder, two_processes
+from uat_repro.distillation import FrozenTeacher
 from uat_repro.models import tiny_model
 from uat_repro.objective import Objective, as_compute_loss_func
 from uat_repro.tokens import Collator
@@ -192,3 +193,29 @@ def test_arguments_without_effect_are_refused(name, value, tmp_path):
 def test_functions_that_would_never_be_called_are_refused(name, tmp_path):
     with pytest.raises(ValueError, match=f"^{name} would never be called"):
         UncertaintyAwareTrainer(tiny_model(), arguments(tmp_path), processing_class=tokenizer, **{name: print})
+
+
+def sharded(rank, folder):
+    "Gradients of this rank's part of a batch with FSDP2, whole again."
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    whole = collate(rows())
+    for name in ("tiny-llama", "tiny-gemma2"):
+        for o in (Objective.preset("mle"), Objective(scope="sequence", distill_weight=1.0)):
+            model, mesh = tiny_model(name), init_device_mesh("cpu", (2,))
+            for layer in model.model.layers: fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh, reshard_after_forward=False)  # the objective reads the head after a forward
+            batch, teacher = collate(rows()[rank::2]), FrozenTeacher(tiny_model(name, seed=1))
+            (2 * o(model, batch, teacher, o.counts(whole)).loss).backward()
+            grads = {k: p.grad.full_tensor() for k, p in model.named_parameters()}
+            if rank == 0: torch.save(grads, f"{folder}/{name}-{o.scope}.pt")
+
+
+def test_sharded_models_have_the_gradients_of_whole_ones(tmp_path):
+    two_processes(sharded, tmp_path/"store", tmp_path)
+    for name in ("tiny-llama", "tiny-gemma2"):
+        for o in (Objective.preset("mle"), Objective(scope="sequence", distill_weight=1.0)):
+            model = tiny_model(name)
+            o(model, collate(rows()), FrozenTeacher(tiny_model(name, seed=1))).loss.backward()
+            found = torch.load(tmp_path/f"{name}-{o.scope}.pt")
+            for k, p in model.named_parameters(): torch.testing.assert_close(found[k], p.grad, atol=1e-6, rtol=1e-4)

@@ -57,7 +57,7 @@ def prepare(
     layer: int = 0,  # keep the states that enter this layer; 0 keeps tokens only
 ) -> pd.DataFrame:  # split, record, cluster, position, token, and `TokenScores` of held-out rows
     "Write the rows of a data set, and the states that experiments start from; scores of the initial model."
-    found = []
+    found, model = [], model.to(PartialState().device)
     for split, rows in splits.items():
         rows.save_to_disk(f"{folder}/{split}")
         network, given = model, rows

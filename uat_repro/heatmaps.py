@@ -100,7 +100,8 @@ def _maps(tokens: pd.DataFrame, scores: str | Iterable[str], *choices) -> list[_
 # %% ../nbs/api/15_heatmaps.ipynb #15-heatmaps-22
 def _visible(token: str) -> tuple[str, int]:
     "The text to show, with signs for invisible whitespace, and how many line breaks follow it."
-    signs = {"\r": "", "\n": "↵", "\t": "⇥", "\u00a0": "⍽", "": "∅"}
+    controls = {chr(c): chr(0x2400 + c) for c in range(32)} | {"\x7f": "␡"}
+    signs = controls | {"\r": "", "\n": "↵", "\t": "⇥", "\u00a0": "⍽", "": "∅"}
     return signs.get(token, "".join(signs.get(c, c) for c in token)), token.count("\n")
 
 def _tooltip(row: dict, columns: list[str], selected: bool) -> str:

@@ -8,7 +8,7 @@ Docs: https://uat-repro.github.io/uat-repro/api/training.html.md"""
 __all__ = ['TokenLog', 'UncertaintyAwareTrainer', 'AtSteps', 'train_in_memory']
 
 # %% ../nbs/api/09_training.ipynb #09-training-03
-import math, os, tempfile, time
+import json, math, os, tempfile, time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -173,6 +173,16 @@ def _check_devices(gpus: int) -> None:
                          "set CUDA_VISIBLE_DEVICES to one of them, or start with `accelerate launch`")
 
 # %% ../nbs/api/09_training.ipynb #09-training-29
+def _last_whole(folder: str | Path) -> str:
+    "The last checkpoint in a folder that was written to its end; a `ValueError` if there is none."
+    def whole(path: Path) -> bool:
+        try: return bool(json.loads((path / "trainer_state.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError): return False
+    found = {int(p.name.rpartition("-")[2]): p for p in Path(folder).glob("checkpoint-*") if whole(p)}
+    if not found: raise ValueError(f"{folder} has no whole checkpoint: start without resume_from_checkpoint")
+    return str(found[max(found)])
+
+# %% ../nbs/api/09_training.ipynb #09-training-30
 class UncertaintyAwareTrainer(_EvaluatingTrainer):
     "A `transformers.Trainer` that minimises an `Objective`; all other arguments are the Trainer's."
     loss_is_scaled_for_ga = True  # the objective divides by the totals of the whole step
@@ -195,6 +205,11 @@ class UncertaintyAwareTrainer(_EvaluatingTrainer):
         _check_devices(self.args.n_gpu)
         if token_log is not None: self.add_callback(token_log)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        "The Trainer's; with True it goes on from the last whole checkpoint."
+        if resume_from_checkpoint is True: resume_from_checkpoint = _last_whole(self.args.output_dir)
+        return super().train(resume_from_checkpoint, **kwargs)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "This micro-batch's share of the loss of the step; gradients are averaged over devices, hence the factor."
         with self.accelerator.autocast(): out = self.objective(model, inputs, self.teacher, num_items_in_batch)
@@ -203,7 +218,7 @@ class UncertaintyAwareTrainer(_EvaluatingTrainer):
         loss = out.loss if num_items_in_batch is None else out.loss * self.accelerator.num_processes
         return (loss, out) if return_outputs else loss
 
-# %% ../nbs/api/09_training.ipynb #09-training-44
+# %% ../nbs/api/09_training.ipynb #09-training-47
 class AtSteps(TrainerCallback):
     "Call `fn(step, model)` at step 0, every `every` steps, and at the end."
     def __init__(self,
@@ -219,7 +234,7 @@ class AtSteps(TrainerCallback):
         step = state.global_step
         if step % self.every == 0 or step == state.max_steps: self.fn(step, model)
 
-# %% ../nbs/api/09_training.ipynb #09-training-47
+# %% ../nbs/api/09_training.ipynb #09-training-50
 def train_in_memory(
     model: nn.Module,  # trained in place
     objective: Objective | str,  # or the name of a preset
