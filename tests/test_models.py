@@ -134,3 +134,10 @@ def test_weights_import_nothing_of_the_library():
     text = Path(_weights.__file__).read_text(encoding="utf-8")
     assert not [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ImportFrom) and n.level]
     assert len(text.splitlines()) <= 350
+
+
+def test_an_output_layer_that_is_not_here_is_refused():
+    model = tiny_model("tiny-phi3")  # as ZeRO-3 and FSDP1 leave it
+    for gone in torch.empty(0), torch.empty(8):
+        model.lm_head.weight = nn.Parameter(gone)
+        with pytest.raises(ValueError, match="FSDP1 and ZeRO-3 are not supported"): head_of(model)

@@ -9,7 +9,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from examples import PAIRS, flat_grad, rows, tokenizer
 from test_training import InOrder, two_processes
 from uat_repro.distillation import FrozenTeacher
-from uat_repro.models import tiny_model
+from uat_repro.models import head_of, tiny_model
 from uat_repro.objective import Objective, as_compute_loss_func
 from uat_repro.tokens import Collator
 from uat_repro.training import TokenLog, UncertaintyAwareTrainer
@@ -205,6 +205,7 @@ def sharded(rank, folder):
             model, mesh = tiny_model(name), init_device_mesh("cpu", (2,))
             for layer in model.model.layers: fully_shard(layer, mesh=mesh)
             fully_shard(model, mesh=mesh, reshard_after_forward=False)  # the objective reads the head after a forward
+            with pytest.raises(ValueError, match="divided among processes"): head_of(model)  # before any forward
             batch, teacher = collate(rows()[rank::2]), FrozenTeacher(tiny_model(name, seed=1))
             (2 * o(model, batch, teacher, o.counts(whole)).loss).backward()
             grads = {k: p.grad.full_tensor() for k, p in model.named_parameters()}

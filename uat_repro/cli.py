@@ -137,11 +137,11 @@ def _mark_selected(tokens: pd.DataFrame, keep: float = 0.25) -> pd.DataFrame:
     return tokens.assign(selected=loss.rank(method="first", ascending=False) <= kept)
 
 def _load(model: str):
-    "A model, on a GPU where there is one, and its tokenizer."
-    import torch
+    "A model, on the device of this process, and its tokenizer."
+    from accelerate import PartialState
     from uat_repro.models import load_model
     network, tokenizer = load_model(model)
-    return network.to("cuda") if torch.cuda.is_available() else network, tokenizer
+    return network.to(PartialState().device), tokenizer
 
 def _rows(dataset: str, split: str, limit: int, data_dir, on_error: str | None, tokenizer, max_length: int):
     "Encoded records of a data set; long responses are cropped."
@@ -188,7 +188,7 @@ def score(
     print(f"the dropout makes the loss {inflation:.1%} higher{advice}")
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-32
-def _train_model(model, tokenizer, rows, validation, objective: str, lora=False, reference=None, **args):
+def _train_model(model, tokenizer, rows, validation, objective: str, lora=False, reference=None, resume=False, **args):
     "The Trainer after training, and the validation loss (nats per token) before and after, if anything is held out."
     from transformers import PrinterCallback, TrainingArguments
     from uat_repro.distillation import AdapterTeacher, FrozenTeacher
@@ -209,7 +209,7 @@ def _train_model(model, tokenizer, rows, validation, objective: str, lora=False,
         teacher=teacher, eval_dataset=validation, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
     def held_out_loss(): return None if validation is None else trainer.evaluate()["eval_loss"]
-    before, _, after = held_out_loss(), trainer.train(), held_out_loss()
+    before, _, after = held_out_loss(), trainer.train(resume), held_out_loss()
     return trainer, (before, after)
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-34
@@ -219,6 +219,7 @@ def _keep(out: Path, trainer, losses: tuple, about: dict, began: float) -> None:
     "The model, its log, and what it was made with."
     steps, (before, after) = trainer.state.global_step, losses
     trainer.save_model(str(out / "model"))
+    if not trainer.is_world_process_zero(): return  # one process writes for all
     write_frame(out / "log.parquet", pd.DataFrame(line for line in trainer.state.log_history if "mle" in line))
     write_json(out / "result.json", about | dict(steps=steps, loss_before=before, loss_after=after))
     write_json(out / "cost.json", cost(began))
@@ -248,12 +249,16 @@ def train(
     out: _option(Path, help="Folder for the model and its log.") = Path("trained"),
     documents: _option(int, min=1, help="Records to train on.") = 1000,
     epochs: _option(float, help="Passes over them.") = 1.0,
-    batch_size: _option(int, min=1, help="Records of a step.") = 8,
+    batch_size: _option(int, min=1, help="Records at once, on each device.") = 8,
+    accumulate: _option(int, min=1, help="Batches of a step.") = 1,
     learning_rate: _option(float, help="Its peak; a cosine from there.") = 1e-4,
     lora: _option(bool, "--lora", help="Train an adapter in place of all weights.") = False,
     reference: _option(str | None, help="Second model, which rho1 compares with; trained on such data.") = None,
     max_length: _Length = 512,
     seed: _option(int, help="Seed of the order of the records.") = 0,
+    checkpoint_every: _option(int, min=0, help="Steps between two checkpoints in --out; 0 for none.") = 0,
+    resume: _option(bool, "--resume", help="Go on from the last whole checkpoint in --out.") = False,
+    report_to: _option(str, help="none, or who else gets the log: trackio, wandb, tensorboard, ...") = "none",
     on_error: _OnError = None,
     data_dir: _DataDir = None,
 ):
@@ -266,13 +271,15 @@ def train(
                             documents)
     name, spec = Path(dataset).stem, Path(model).name
     args = dict(output_dir=str(out), num_train_epochs=epochs, seed=seed, learning_rate=learning_rate,
-                per_device_train_batch_size=batch_size, per_device_eval_batch_size=batch_size)
+                per_device_train_batch_size=batch_size, per_device_eval_batch_size=batch_size,
+                gradient_accumulation_steps=accumulate, report_to=report_to)
+    if checkpoint_every: args |= dict(save_strategy="steps", save_steps=checkpoint_every)
     second = reference and _second(reference, tokenizer)
     made = manifest(seed, {name: _digest(rows)}, {spec: weights_hash(network)})
     about = dict(dataset=name, model=spec, objective=objective, documents=len(rows), manifest=made)
-    _keep(out, *_train_model(network, tokenizer, rows, held_out, objective, lora, second, **args), about, began)
+    _keep(out, *_train_model(network, tokenizer, rows, held_out, objective, lora, second, resume, **args), about, began)
 
-# %% ../nbs/api/18_cli.ipynb #18-cli-40
+# %% ../nbs/api/18_cli.ipynb #18-cli-41
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or smollm2-135m.")],
@@ -295,7 +302,7 @@ def evaluate(
     write_whole(out / "scores.md", text + "\n")
     print(text)
 
-# %% ../nbs/api/18_cli.ipynb #18-cli-43
+# %% ../nbs/api/18_cli.ipynb #18-cli-44
 @app.command()
 def cache(
     dataset: _Dataset,
@@ -315,5 +322,5 @@ def cache(
     print(f"{len(rows)} records will take {states_size(network, rows) / 1e6:,.1f} MB in {out}")
     HiddenCache.build(network, rows, out, layer)
 
-# %% ../nbs/api/18_cli.ipynb #18-cli-46
+# %% ../nbs/api/18_cli.ipynb #18-cli-47
 if __name__ == "__main__": sys.exit(main())

@@ -137,6 +137,9 @@ def head_of(model: nn.Module) -> Head:  # shares storage with the model
     out, read = model.get_output_embeddings(), partial(getattr, model.config)
     if not isinstance(out, nn.Linear):
         raise ValueError(f"the output layer is {type(out).__name__}, not a plain linear layer: keep it out of adapters")
+    if hasattr(out.weight, "placements") or out.weight.dim() != 2 or not out.weight.numel():
+        raise ValueError("the output layer is divided among processes where it is read: use DDP, or FSDP2 with "
+                         "reshard_after_forward=False; FSDP1 and ZeRO-3 are not supported")
     scale = read(family.multiplier, None) or 1 / (read(family.divisor, None) or 1)
     head = Head(out.weight, out.bias, read(family.softcap, None), scale)
     if not _once(partial(_same_logits, head), model):

@@ -120,7 +120,8 @@ def snakemake_command(
     "The call of Snakemake that makes what is missing."
     places = dict(nbs=notebooks) | (dict(data_dir=data_dir) if data_dir else {})
     ours = FLOW / "clusters" / str(cluster)
-    where = ["--profile", str(ours if ours.is_dir() else cluster)] if cluster else ["--cores", str(cores)]
+    here = ["--cores", str(cores), "--resources", "gpu=1"]  # one run at a time on the GPU
+    where = ["--profile", str(ours if ours.is_dir() else cluster)] if cluster else here
     return [sys.executable, "-c", "from uat_repro.workflow import snakemake_main; snakemake_main()", *targets, *where,
             "--snakefile", str(FLOW / "Snakefile"), f"--directory={workdir}", "--logger", "events",
             f"--configfile={config or Path(workdir) / 'profile.json'}",
