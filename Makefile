@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TORCH  := $(shell grep '^torch==' requirements.lock)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: reproduce test bench docs readme reference clean
+.PHONY: reproduce test soak bench docs readme reference clean
 
 reproduce: $(VENV)/ready  ## figures, tables and claims of the cpu profile, in results/
 	$(BIN)/uat-repro reproduce --cores $(CORES)
@@ -15,6 +15,9 @@ reproduce: $(VENV)/ready  ## figures, tables and claims of the cpu profile, in r
 test: $(VENV)/ready  ## every library notebook, then the tests
 	$(BIN)/nbdev-test --n-workers 2
 	$(BIN)/python -m pytest -q
+
+soak: $(VENV)/ready  ## an hour of kills, damage and odd conversations
+	$(BIN)/python -m pytest -q tests/soak.py tests/test_conversations.py --hypothesis-profile=soak
 
 bench: $(VENV)/ready  ## our steps against those of other trainers, in benchmarks/results.json
 	$(BIN)/python benchmarks/bench.py

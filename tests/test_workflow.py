@@ -5,7 +5,7 @@ from pathlib import Path
 import nbformat, pandas as pd, pytest, yaml
 from nbformat.v4 import new_code_cell, new_notebook
 
-from uat_repro._verify import file_hashes
+from uat_repro._verify import sealed
 from uat_repro.results import AXES, catalogue, claim_folder, figures, folder_of, result_files, runs_of, write_json
 from uat_repro._code import code_digest, known_parameters
 from uat_repro.workflow import FLOW, load_profile, plan, reproduce, snakemake_command
@@ -151,7 +151,7 @@ def test_what_is_altered_or_made_of_other_data_is_made_again(nbs, profile, tmp_p
         return capfd.readouterr().out
     go()
     run = work / "uncertainty/tiny-llama-sharegpt"
-    write_json(run / "result.json", dict(files=file_hashes(run)))
+    write_json(run / "result.json", sealed({}, run))
     (run / "tokens.parquet").write_text("[")
     os.utime(run / "tokens.parquet")  # newer than all that it was made of
     said = go()

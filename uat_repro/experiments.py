@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from ._verify import file_hashes
+from ._verify import sealed
 from .cache import CachedDataset, HiddenCache
 from .evaluation import Baseline, TokenScores, measure_baseline
 from .models import load_model, split_layers
@@ -84,8 +84,7 @@ def finish(
     for name, table in tables.items(): write_frame(f"{out}/{name}.parquet", table)
     write_json(f"{out}/cost.json", cost(started, **more))
     made_with = manifest(seeds, data=data, weights=weights)
-    about = dict(identity=dict(identity), **about, manifest=made_with, files=file_hashes(out))
-    write_json(f"{out}/result.json", about)
+    write_json(f"{out}/result.json", sealed(dict(identity=dict(identity), **about, manifest=made_with), out))
 
 # %% ../nbs/api/14_experiments.ipynb #14-experiments-13
 def _told(*keys: str) -> property:
