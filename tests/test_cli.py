@@ -1,5 +1,5 @@
 """The command line starts fast, and a script can rely on its exit status."""
-import subprocess, sys
+import json, subprocess, sys
 
 import numpy as np
 import pandas as pd
@@ -8,6 +8,7 @@ import torch
 
 from uat_repro import _doctor, cli
 from uat_repro.masking import select_tokens
+from uat_repro.models import load_model
 from uat_repro.results import result_files, write_json
 from uat_repro.workflow import load_profile
 
@@ -49,3 +50,17 @@ def test_a_package_is_told_from_other_findings_by_its_kind():
     odd = _doctor.Finding("package", "name with spaces", False)
     assert _doctor.runnable([odd])["smoke"] == ["name with spaces"]
     assert _doctor.runnable([_doctor.Finding("machine", "memory", False)])["smoke"] == []
+
+
+def test_a_reference_of_another_tokenizer_is_refused(tmp_path, capsys):
+    model, tokenizer = load_model("tiny-llama")
+    model.save_pretrained(tmp_path / "other")
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    data = "\n".join(json.dumps(dict(question=f"{i} + {i}?", answer=f"{2 * i}")) for i in range(40))
+    (tmp_path / "sums.jsonl").write_text(data)
+    asked = ["train", "sums.jsonl", "--model", "tiny-llama", "--objective", "rho1", "--reference", "other",
+             "--out", "out"]
+    paths = [str(tmp_path / a) if a in ("sums.jsonl", "other", "out") else a for a in asked]
+    assert cli.main(paths) == 1 and "has another tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "out/result.json").exists()

@@ -168,3 +168,15 @@ def test_a_weight_may_read_uncertainty_and_teacher_of_packed_documents():
         else: weight = Objective.preset("mle")(teacher.model, packed).token_loss
         expected = (weight * out.token_loss)[out.selected].mean()
         torch.testing.assert_close(out.mle, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_teacher_with_more_rows_in_its_output_layer_than_tokens():
+    "Some families pad it: the rows that the student does not have are left out; a shorter layer is refused."
+    student, teacher, o = tiny_model(), tiny_model(seed=1), Objective.preset("combined")
+    batch, tokens = Collator(tokenizer)(rows()), student.config.vocab_size
+    same = o(student, batch, FrozenTeacher(teacher)).loss
+    teacher.resize_token_embeddings(tokens + 8, mean_resizing=False)
+    assert torch.equal(o(student, batch, FrozenTeacher(teacher)).loss, same)
+    student.resize_token_embeddings(tokens + 16, mean_resizing=False)
+    with pytest.raises(ValueError, match="make the teacher after the embeddings are resized"):
+        o(student, batch, FrozenTeacher(teacher))
