@@ -6,7 +6,7 @@ Docs: https://uat-repro.github.io/uat-repro/api/workflow.html.md"""
 
 # %% auto #0
 __all__ = ['FLOW', 'DEFAULTS', 'ASIDE', 'nearest', 'load_profile', 'parameters', 'snakemake_command', 'snakemake_main', 'Run',
-           'events', 'Progress', 'plan', 'Terminated', 'terminable', 'watch', 'reproduce']
+           'events', 'about', 'Progress', 'plan', 'Terminated', 'terminable', 'watch', 'reproduce']
 
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-03
 import ctypes, json, os, signal, subprocess, sys, tempfile, threading, time
@@ -173,7 +173,9 @@ def events(
         if kind in kinds and job in runs: yield kinds[kind], runs[job]
 
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-41
-def _about(seconds: float) -> str:
+def about(
+    seconds: float,  # any duration
+) -> str:  # in the unit that suits it
     "A duration for people."
     if seconds < 100: return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
@@ -199,8 +201,8 @@ class Progress:
         "Note that a run has ended, and give the line to print."
         self.took[run] = now - self.started.get(run, now)
         n, total, width = len(self.took), len(self.todo), max(len(str(r)) for r in self.todo)
-        rest = f"about {_about(self.left(now))} left" if n < total else "all done"
-        return f"[{n:{len(str(total))}}/{total}] {str(run):{width}} {_about(self.took[run]):>7}   {rest}"
+        rest = f"about {about(self.left(now))} left" if n < total else "all done"
+        return f"[{n:{len(str(total))}}/{total}] {str(run):{width}} {about(self.took[run]):>7}   {rest}"
 
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-46
 def _reason(text: str) -> str:
@@ -280,11 +282,11 @@ def _make(profile: dict, workdir: Path, command: list[str], cores: int, lock: in
     if not runs: print(f"nothing to do: {workdir} is up to date"); return 0
     check_disk(workdir, profile["disk_gb"])
     progress = Progress(runs, profile, cores)
-    print(f"{len(runs)} runs into {workdir}, about {_about(progress.left(0))}", flush=True)
+    print(f"{len(runs)} runs into {workdir}, about {about(progress.left(0))}", flush=True)
     status, failed, error = watch(command, progress, workdir / "snakemake.log", (lock,))
     if status: _failures(workdir, failed, error); return 1
-    about = manifest(profile["seeds"], profile=profile["profile"], runs=len(runs), cores=cores)
-    write_json(workdir / "manifest.json", about | cost(began))
+    made_with = manifest(profile["seeds"], profile=profile["profile"], runs=len(runs), cores=cores)
+    write_json(workdir / "manifest.json", made_with | cost(began))
     return 0
 
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-60
@@ -305,7 +307,7 @@ def _plan_for(profile: dict, workdir: Path, **call) -> list[Run]:
 def _list_runs(profile: dict, workdir: Path, cores: int, **call) -> int:
     "Print the plan; exit status."
     runs = _plan_for(profile, workdir, cores=cores, **call)
-    end = f"{len(runs)} runs, about {_about(Progress(runs, profile, cores).left(0))} on {cores} cores"
+    end = f"{len(runs)} runs, about {about(Progress(runs, profile, cores).left(0))} on {cores} cores"
     print(*runs, end if runs else f"nothing to do: {workdir} is up to date", sep="\n")
     return 0
 
