@@ -80,5 +80,5 @@ def test_a_file_says_what_it_is(tmp_path):
     from safetensors import safe_open
     built = HiddenCache.build(tiny_model(), ROWS, tmp_path)
     lengths = json.loads((tmp_path/"index.json").read_text())["lengths"]
-    with safe_open(tmp_path/PART.format(0), "pt") as f: label = f.metadata()
+    with safe_open(tmp_path/PART.format(0), "pt") as f: label = json.loads(f.metadata()["label"])
     assert label["identity"] == built.key and 40 <= int(label["rows"]) < sum(lengths)
