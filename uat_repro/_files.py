@@ -73,8 +73,7 @@ def _objects(path: Path) -> Iterator[tuple[int, object]]:
     "The values of a file in which they go over several lines, each with its line."
     with _open(path) as file: text = file.read()
     at, line = 0, 1
-    while text[at:].strip():
-        start = _GAP.match(text, at).end()
+    while (start := _GAP.match(text, at).end()) < len(text):
         value, end = _decode(text, start)
         yield line + text.count("\n", at, start), value
         at, line = end, line + text.count("\n", at, end)

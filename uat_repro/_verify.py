@@ -34,6 +34,7 @@ def sealed(
     about = strict_json(dict(about, files=file_hashes(folder)))
     return about | dict(seal=_seal(about))
 
+# %% ../nbs/api/11a_verify.ipynb #11a-verify-06
 QUICK = 2**24  # bytes; larger files are hidden states, which know by themselves what they belong to
 
 def altered(
@@ -53,7 +54,7 @@ def altered(
     if about.get("seal") != _seal(about): return [f"{folder / 'result.json'} is altered"]
     return [told for name, hash in about["files"].items() if (told := fault(name, hash))]
 
-# %% ../nbs/api/11a_verify.ipynb #11a-verify-09
+# %% ../nbs/api/11a_verify.ipynb #11a-verify-10
 def discard_altered(
     workdir: str | Path,  # folder of results
     profile: dict,  # from `workflow.load_profile`
@@ -66,7 +67,7 @@ def discard_altered(
         said.append(faults[0])
     return said
 
-# %% ../nbs/api/11a_verify.ipynb #11a-verify-11
+# %% ../nbs/api/11a_verify.ipynb #11a-verify-12
 def at_work(
     workdir: str | Path,  # folder of results
 ) -> bool:  # whether some process holds it, as `results.locked` does
@@ -78,7 +79,7 @@ def at_work(
         except BlockingIOError: return True
     return False
 
-# %% ../nbs/api/11a_verify.ipynb #11a-verify-14
+# %% ../nbs/api/11a_verify.ipynb #11a-verify-15
 def state_of(
     workdir: str | Path,  # folder of results
     notebook: str,  # the executed notebook of the run, in that folder

@@ -179,11 +179,18 @@ def _last_whole(folder: str | Path) -> str:
         try: return bool(json.loads((path / "trainer_state.json").read_text(encoding="utf-8")))
         except (OSError, ValueError): return False
     found = {int(p.name.rpartition("-")[2]): p for p in Path(folder).glob("checkpoint-*") if whole(p)}
-    if not found: raise ValueError(f"{folder} has no whole checkpoint: start without resume_from_checkpoint")
+    if not found: raise ValueError(f"{folder} has no whole checkpoint to go on from: start from the beginning")
     return str(found[max(found)])
 
+class _ResumingTrainer(_EvaluatingTrainer):
+    "A Trainer that goes on from a whole checkpoint."
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        "The Trainer's; with True it goes on from the last whole checkpoint."
+        if resume_from_checkpoint is True: resume_from_checkpoint = _last_whole(self.args.output_dir)
+        return super().train(resume_from_checkpoint, **kwargs)
+
 # %% ../nbs/api/09_training.ipynb #09-training-30
-class UncertaintyAwareTrainer(_EvaluatingTrainer):
+class UncertaintyAwareTrainer(_ResumingTrainer):
     "A `transformers.Trainer` that minimises an `Objective`; all other arguments are the Trainer's."
     loss_is_scaled_for_ga = True  # the objective divides by the totals of the whole step
 
@@ -204,11 +211,6 @@ class UncertaintyAwareTrainer(_EvaluatingTrainer):
         super().__init__(model, args, **kwargs)
         _check_devices(self.args.n_gpu)
         if token_log is not None: self.add_callback(token_log)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        "The Trainer's; with True it goes on from the last whole checkpoint."
-        if resume_from_checkpoint is True: resume_from_checkpoint = _last_whole(self.args.output_dir)
-        return super().train(resume_from_checkpoint, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "This micro-batch's share of the loss of the step; gradients are averaged over devices, hence the factor."

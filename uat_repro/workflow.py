@@ -234,6 +234,7 @@ def terminable() -> Iterator[None]:
     try: yield
     finally: signal.signal(signal.SIGTERM, before)
 
+# %% ../nbs/api/17_workflow.ipynb #17-workflow-55
 def _pass_on(child: subprocess.Popen) -> None:
     "End a child, which then starts nothing more, and all that it has started."
     family = psutil.Process(child.pid)
@@ -243,6 +244,8 @@ def _pass_on(child: subprocess.Popen) -> None:
 def _follow_parent() -> None:
     "Called in the child: be told when the parent ends (Linux)."
     if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+# %% ../nbs/api/17_workflow.ipynb #17-workflow-56
 def watch(
     command: list[str],  # from `snakemake_command`
     progress: Progress,  # of the plan
@@ -266,7 +269,7 @@ def watch(
             raise
     return child.returncode, failed, error
 
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-57
+# %% ../nbs/api/17_workflow.ipynb #17-workflow-59
 def _failures(workdir: Path, failed: list[Run], error: str) -> None:
     "Print why runs failed."
     log = workdir / "snakemake.log"
@@ -289,7 +292,7 @@ def _make(profile: dict, workdir: Path, command: list[str], cores: int, lock: in
     write_json(workdir / "manifest.json", made_with | cost(began))
     return 0
 
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-60
+# %% ../nbs/api/17_workflow.ipynb #17-workflow-62
 def _check_figure(figure: str, profile: dict) -> None:
     "Raise where a profile does not draw a figure."
     _check_name(figure, catalogue()["figures"], "what can be drawn")
@@ -297,7 +300,7 @@ def _check_figure(figure: str, profile: dict) -> None:
     makers = [p.stem for p in sorted((FLOW / "profiles").glob("*.yaml")) if figure in figures(load_profile(p.stem))]
     raise ValueError(f"profile {profile['profile']} has no data for {figure}; made by: {', '.join(makers) or 'none'}")
 
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-62
+# %% ../nbs/api/17_workflow.ipynb #17-workflow-64
 def _plan_for(profile: dict, workdir: Path, **call) -> list[Run]:
     "The plan for a profile; the folder of results is not touched."
     with tempfile.TemporaryDirectory() as tmp:
@@ -311,7 +314,7 @@ def _list_runs(profile: dict, workdir: Path, cores: int, **call) -> int:
     print(*runs, end if runs else f"nothing to do: {workdir} is up to date", sep="\n")
     return 0
 
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-63
+# %% ../nbs/api/17_workflow.ipynb #17-workflow-65
 def reproduce(
     profile: str = "cpu",  # cpu, smoke, paper, or the path of a .yaml file
     only: str | Iterable[str] | None = None,  # figures to draw, with what they need; all if None
