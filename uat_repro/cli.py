@@ -146,6 +146,13 @@ def verify(
     raise typer.Exit(1 if told else 0)
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-25
+def _check_notebooks():
+    "Whether the notebooks that `reproduce` runs are there; a wheel has none."
+    from uat_repro._doctor import Finding
+    from uat_repro.results import notebooks_folder
+    try: return Finding("package", "notebooks", True, str(notebooks_folder()))
+    except FileNotFoundError as e: return Finding("package", "notebooks", False, str(e))
+
 @app.command()
 def doctor(
     data_dir: _DataDir = None,
@@ -153,7 +160,7 @@ def doctor(
 ):
     "Say what this machine can run, and what to do about what is missing."
     from uat_repro._doctor import findings, runnable
-    profiles = runnable(found := findings(data_dir, timeout))
+    profiles = runnable(found := [_check_notebooks(), *findings(data_dir, timeout)])
     print(*found, "", sep="\n")
     for name, lacking in profiles.items():
         print(f"profile {name:6}", f"lacks {', '.join(lacking)}" if lacking else "can run here")
