@@ -64,3 +64,16 @@ def test_a_reference_of_another_tokenizer_is_refused(tmp_path, capsys):
     paths = [str(tmp_path / a) if a in ("sums.jsonl", "other", "out") else a for a in asked]
     assert cli.main(paths) == 1 and "has another tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "out/result.json").exists()
+
+
+@pytest.mark.parametrize("asked, option", [
+    (["score", "sums.jsonl", "--max-length", "4"], "--max-length"),
+    (["score", "odd.jsonl"], "--on-error"),
+    (["score", "sums.jsonl", "--p", "2"], "p is 2.0"),
+    (["score", "alpaca", "--data-dir", "."], "--data-dir")])
+def test_an_error_names_the_option_that_helps(asked, option, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sums.jsonl").write_text(json.dumps(dict(question="1 + 1?", answer="2")))
+    (tmp_path / "odd.jsonl").write_text('{"instruction": "Go", "output": ""}')
+    assert cli.main([*asked, "--model", "tiny-llama"]) == 1
+    assert option in capsys.readouterr().err

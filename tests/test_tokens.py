@@ -261,7 +261,7 @@ def test_encode_all_counts_what_it_leaves_out(smollm2, caplog):
     wordy = {"question": "why " * 200, "answer": "so"}
     with caplog.at_level(logging.WARNING): rows = encode_all([ALPACA, wordy, wordy], smollm2, max_length=100)
     assert len(rows) == 1 and rows.column_names == ["input_ids", "labels", "id", "cluster"]
-    left_out = "left out 2 of 3 records: 2 no room for a response in max_length=100"
+    left_out = "left out 2 of 3 records: 2 no room for a response in max_length=100 (--max-length)"
     assert [r.getMessage() for r in caplog.records] == [left_out]
     fails("none of 1 records", call=lambda: encode_all([wordy], smollm2, max_length=100))
 

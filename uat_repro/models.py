@@ -293,7 +293,8 @@ def _modules_at(model: nn.Module, sites: tuple[str, ...]) -> dict[str, list[nn.M
         raise ValueError(f"no place for dropout at {', '.join(empty)} in {config.model_type}: see models.FAMILIES")
     capped = getattr(config, family.attention_softcap, None) and not config._attn_implementation.startswith("eager")
     if "probabilities" in sites and capped:
-        raise ValueError("dropout on probabilities of soft-capped attention needs attn_implementation='eager'")
+        raise ValueError("dropout on probabilities of soft-capped attention needs attn_implementation='eager': "
+                         "load the model with it, or choose other sites (--sites)")
     return {site: found[site] for site in sites}
 
 # %% ../nbs/api/02_models.ipynb #02-models-42

