@@ -56,6 +56,12 @@ def test_the_installed_library_has_its_files(installed):
     assert int(claims) >= 10 and Path(place).is_relative_to(installed / "env"), said.stderr
 
 
+def test_the_installed_command_tells_its_version_and_the_package_its_types(installed):
+    said, (wheel,) = call(installed, "uat-repro", "--version"), (installed / "wheel").iterdir()
+    assert (said.returncode, said.stdout) == (0, f"uat-repro {wheel.name.split('-')[1]}\n")
+    assert next((installed / "env/lib").glob("*/site-packages/uat_repro/py.typed")).is_file()
+
+
 def test_without_a_checkout_the_commands_say_what_to_clone(installed):
     told = call(installed, "uat-repro", "reproduce", "--dry-run")
     assert told.returncode == 1 and "clone the repository" in told.stderr and told.stderr.count("\n") == 1

@@ -3,6 +3,8 @@ import ast, re, shutil, subprocess, sys, tomllib
 from configparser import ConfigParser
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parents[1]
 EXPORT = "from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()"
 
@@ -35,7 +37,27 @@ def test_settings_and_pyproject_agree():
     assert ours["tst_flags"] == nbdev["tst_flags"]
     assert ours["allowed_cell_metadata_keys"].split() == nbdev["allowed_cell_metadata_keys"]
     assert theirs["project"]["requires-python"] == f">={ours['min_python']}"
-    assert f'__version__ = "{ours["version"]}"' in (ROOT / "uat_repro" / "__init__.py").read_text(encoding="utf-8")
+
+
+def test_the_version_is_the_same_everywhere():
+    version, dynamic = settings()["version"], tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dynamic"]
+    said = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("CITATION.cff", "CHANGELOG.md", "uat_repro/__init__.py")}
+    assert "version" in dynamic, "pyproject.toml takes it from settings.ini"
+    assert yaml.safe_load(said["CITATION.cff"])["version"] == version
+    assert re.search(r"^## (\S+)", said["CHANGELOG.md"], re.M)[1] == version, "the newest entry is that of another version"
+    assert f'__version__ = "{version}"' in said["uat_repro/__init__.py"]
+
+
+def test_extras_that_are_named_exist():
+    ours = {k.removesuffix("_requirements") for k in settings() if k.endswith("_requirements")}
+    for name in ("README.md", "Dockerfile"):
+        named = re.findall(r"pip install[^\n]*-e '\.\[([\w,]+)\]'", (ROOT / name).read_text(encoding="utf-8"))
+        assert named and {extra for extras in named for extra in extras.split(",")} <= ours
+
+
+def test_workflows_test_supported_versions():
+    jobs = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8"))["jobs"]
+    assert settings()["min_python"] in jobs["test"]["strategy"]["matrix"]["python"]
 
 
 def test_every_requirement_is_locked():

@@ -30,8 +30,17 @@ _DataDir = _option(Path | None, envvar="UAT_REPRO_DATA_DIR", exists=True, file_o
 # %% ../nbs/api/18_cli.ipynb #18-cli-08
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
+def _show_version(asked: bool):
+    from uat_repro import __version__
+    if not asked: return
+    print(f"uat-repro {__version__}")
+    raise typer.Exit
+
 @app.callback()
-def _common(debug: _option(bool, "--debug", help="Show where an error came from; may stand anywhere.") = False):
+def _common(
+    debug: _option(bool, "--debug", help="Show where an error came from; may stand anywhere.") = False,
+    version: _option(bool, "--version", callback=_show_version, is_eager=True, help="Show the version.") = False,
+):
     "Token-level uncertainty-aware post-training: the figures, and the tools behind them."
 
 def main(

