@@ -35,17 +35,32 @@ def logs(results: Path) -> dict[str, list[str]]:
     return found
 
 
-def executed(page: Path, results: Path) -> Path:
-    "The notebook as the last run left it; as it is in the repository where there was none."
-    known = logs(results) if (results / "profile.json").exists() else {}
+def referred(page: Path, profile: str) -> list[nbformat.NotebookNode]:
+    "What the reference run left of a figure or of the claims, as a cell; nothing for other pages."
+    folder, shown = ROOT / "reference" / profile, []
+    for entry in catalogue()["figures"].values():
+        files = [f for f in entry["files"] if entry["notebook"] == str(page.with_suffix("")) and (folder / f).exists()]
+        shown += [f"![{entry['title']}](../measured/{profile}/{f})" for f in files if f.endswith(".png")]
+        shown += [re.sub(r"^# .*\n", "", (folder / f).read_text(encoding="utf-8")) for f in files if f.endswith(".md")]
+    told = f"## In the reference run\n\nThis page has not been run here. `reference/{profile}` has its results; the " \
+           "[first page](../index.ipynb) says what they are good for."
+    return [nbformat.v4.new_markdown_cell("\n\n".join([told, *shown]))] if shown else []
+
+
+def executed(page: Path, results: Path) -> nbformat.NotebookNode:
+    "The notebook as the last run left it; where there was none, as it is in the repository, with the reference's results."
+    profile = read_json(results / "profile.json")["profile"] if (results / "profile.json").exists() else None
+    known = logs(results) if profile else {}
     found = [results / log for log in known.get(str(page.with_suffix("")), []) if (results / log).exists()]
-    return found[0] if found else NBS / page
+    node = nbformat.read(found[0] if found else NBS / page, 4)
+    if not found: node.cells[1:1] = referred(page, profile or "cpu")  # below the title
+    return node
 
 
 def sections() -> list[dict]:
-    "The sections of the sidebar that hold experiments and figures, as the catalogue names them."
-    made = {}
-    for entry in (*catalogue()["figures"].values(), *catalogue()["experiments"].values()):
+    "The sections of the sidebar that hold experiments and figures, as the catalogue names them; the claims first."
+    made, figures = {}, sorted(catalogue()["figures"].items(), key=lambda item: item[0] != "claims")
+    for entry in (*(entry for _, entry in figures), *catalogue()["experiments"].values()):
         page = f"{entry['notebook']}.ipynb"
         if page in (shown := made.setdefault("", [])): continue  # a notebook that draws two figures
         shown.append(page)
@@ -121,7 +136,7 @@ def main() -> int:
     results = args.results.resolve()
     with ProcessPoolExecutor(2) as pool:
         library = {page: pool.submit(run, page) for page in notebooks() if page.parts[0] in ("api", "benchmarks.ipynb", "contributing.ipynb")}
-    for page in notebooks(): stage(page, library[page].result() if page in library else nbformat.read(executed(page, results), 4))
+    for page in notebooks(): stage(page, library[page].result() if page in library else executed(page, results))
     if (ROOT / "reference").exists(): shutil.copytree(ROOT / "reference", STAGE / "measured")
     (STAGE / "_quarto.yml").write_text(site_configuration(), encoding="utf-8")
     smalldocs = str(Path(sys.executable).with_name("smalldocs"))

@@ -1,0 +1,37 @@
+"""What the site shows where no run has been made, and in which order."""
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def docs(monkeypatch):
+    pytest.importorskip("nbdev", reason="the site needs nbdev: pip install nbdev")
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    monkeypatch.delitem(sys.modules, "build_docs", raising=False)
+    import build_docs
+    return build_docs
+
+
+def test_a_page_that_was_not_run_shows_the_reference(docs, tmp_path):
+    figure, claims, other = (docs.executed(Path(page), tmp_path).cells for page in
+                             ("figures/fig1.ipynb", "figures/claims.ipynb", "experiments/train.ipynb"))
+    assert "](../measured/cpu/figures/fig1.png)" in figure[1].source
+    assert "| C1 |" in claims[1].source and "\n# " not in claims[1].source
+    assert all("measured/" not in cell.source for cell in other)
+
+
+def test_a_page_that_was_run_shows_its_own_results(docs, tmp_path):
+    docs.nbformat.write(ran := docs.nbformat.v4.new_notebook(), tmp_path / "ran.ipynb")
+    docs.logs = lambda results: {"figures/fig1": ["ran.ipynb"]}
+    (tmp_path / "profile.json").write_text('{"profile": "cpu"}')
+    assert docs.executed(Path("figures/fig1.ipynb"), tmp_path).cells == ran.cells
+
+
+def test_claims_come_first_and_figures_in_the_order_of_the_paper(docs):
+    sections = docs.sections()
+    pages = [entry["href"] for entry in sections[1]["contents"]]
+    assert sections[0]["section"] == "Claims" and pages == sorted(pages) and pages[0] == "figures/fig1.ipynb"
