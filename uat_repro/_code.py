@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from .results import read_json
+from .results import read_json, strict_json
 
 # %% ../nbs/api/17a_code.ipynb #17a-code-05
 def _source(notebook: str | Path, tag: str = "") -> str:
@@ -36,7 +36,7 @@ def parameters_text(
     values: dict,  # parameter -> value
 ) -> str:  # one line, for `papermill -y`
     "Parameters as YAML, which gives the same values back."
-    return yaml.safe_dump(values, default_flow_style=True, width=float("inf"), sort_keys=True).strip()
+    return yaml.safe_dump(strict_json(values), default_flow_style=True, width=float("inf"), sort_keys=True).strip()
 
 # %% ../nbs/api/17a_code.ipynb #17a-code-08
 PACKAGE = Path(str(files("uat_repro")))
