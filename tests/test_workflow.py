@@ -130,7 +130,7 @@ def test_told_to_end_it_interrupts_its_runs_and_says_so(nbs, profile, tmp_path):
     work, slow = tmp_path / "results", "import time; time.sleep(60)\\nfrom pathlib import Path"
     edit(nbs / "experiments" / "prepare.ipynb", "from pathlib import Path", slow)
     code = ("import sys; from uat_repro import cli, workflow; from functools import partial; "
-            f"cli.run_grid = partial(workflow.reproduce, notebooks={str(nbs)!r}); sys.exit(cli.main())")
+            f"workflow.reproduce = partial(workflow.reproduce, notebooks={str(nbs)!r}); sys.exit(cli.main())")
     command = [sys.executable, "-c", code, "reproduce", "--profile", profile(), "--workdir", str(work)]
     child = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120

@@ -9,20 +9,12 @@ __all__ = ['app', 'main', 'reproduce', 'claims', 'status', 'verify', 'import_fin
            'cache']
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-03
-import hashlib, importlib, sys, time
+import importlib, sys, time
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
-import pandas as pd, typer
-
-from ._archive import import_runs
-from ._doctor import findings, runnable
-from ._verify import altered, state_of
-from .results import cost, figures, manifest, markdown_table, notebooks_folder, read_json, result_files
-from .results import write_frame, write_json, write_whole
-from .workflow import Progress, Terminated, about, nearest, plan, reproduce as run_grid
-from .workflow import snakemake_command, terminable
+import typer
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-06
 def _option(type_, *names: str, **how): return Annotated[type_, typer.Option(*names, **how)]
@@ -72,6 +64,7 @@ def reproduce(
     gpu_runs: _option(int, min=1, help="Runs at once on the GPU; more than one suits small models.") = 1,
 ):
     "Run what is missing, draw the figures, and compare the claims."
+    from uat_repro.workflow import Terminated, reproduce as run_grid, terminable
     late = lambda name: importlib.import_module("uat_repro.plots").label(name)  # matplotlib waits until needed
     try:
         with terminable():
@@ -81,6 +74,12 @@ def reproduce(
         raise typer.Exit(143 if isinstance(e, Terminated) else 130)
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-16
+def _stale(workdir: Path, data_dir: Path | None) -> list:
+    "The runs that are missing, or older than their code or data."
+    from uat_repro.results import notebooks_folder
+    from uat_repro.workflow import plan, snakemake_command
+    return plan(snakemake_command(workdir, notebooks_folder(), data_dir=data_dir))
+
 @app.command()
 def claims(
     workdir: Annotated[Path, typer.Argument(help="Folder of results, or a reference.")] = Path("results"),
@@ -88,7 +87,9 @@ def claims(
 ):
     "Print the claims; the exit status is 1 where a result is missing or older than the code that makes it."
     table, config, remedy = workdir / "claims.md", workdir / "profile.json", "run `uat-repro reproduce` again"
-    from uat_repro import claims as judging, plots  # they import SciPy, which few commands need
+    from uat_repro import claims as judging, plots
+    from uat_repro._verify import altered
+    from uat_repro.results import read_json, result_files
     if not (judged := judging.judge_folder(workdir)) and not table.exists():
         raise FileNotFoundError(f"{workdir} holds no claims: run `uat-repro reproduce`, or give the folder of results")
     print(judging.claims_table(judged, plots.label) if judged else table.read_text(encoding="utf-8"))
@@ -98,12 +99,13 @@ def claims(
         raise FileNotFoundError(f"{len(missing)} results are missing, first {missing[0]}: {remedy}")
     if faults := [fault for f in runs for fault in altered((workdir / f).parent, quick=True)]:
         raise ValueError(f"{len(faults)} files are not as their runs left them, first {faults[0]}: {remedy}")
-    if stale := plan(snakemake_command(workdir, notebooks_folder(), data_dir=data_dir)):
+    if stale := _stale(workdir, data_dir):
         raise ValueError(f"{len(stale)} results are older than their code or data, first {stale[0]}: {remedy}")
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-19
 def _open_results(workdir: Path) -> dict:
     "The profile of a folder of results."
+    from uat_repro.results import read_json
     if (workdir / "profile.json").exists(): return read_json(workdir / "profile.json")
     raise FileNotFoundError(f"{workdir} holds no results of ours: give the folder of `uat-repro reproduce`")
 
@@ -114,8 +116,11 @@ def status(
     data_dir: _DataDir = None,
 ):
     "Say which runs are done, at work, failed, stale or to come, and how long the rest will take."
+    from uat_repro._verify import state_of
+    from uat_repro.results import figures, read_json, result_files
+    from uat_repro.workflow import Progress, about
     profile = _open_results(workdir)
-    todo = plan(snakemake_command(workdir, notebooks_folder(), data_dir=data_dir))
+    todo = _stale(workdir, data_dir)
     states = {run: state_of(workdir, run.notebook) for run in todo}
     for run, state in states.items():
         if state != "to come": print(f"{state:8} {run}")
@@ -132,11 +137,12 @@ def verify(
     data_dir: _DataDir = None,
 ):
     "Say which results are missing, altered or stale; the exit status is 1 where some are."
+    from uat_repro._verify import altered
+    from uat_repro.results import result_files
     runs = result_files(_open_results(workdir))
     told = [f"{workdir / f} is missing" for f in runs if not (workdir / f).exists()]
     told += [fault for f in runs if (workdir / f).exists() for fault in altered((workdir / f).parent)]
-    stale = plan(snakemake_command(workdir, notebooks_folder(), data_dir=data_dir))
-    told += [f"{run} is missing, or older than its code or data" for run in stale]
+    told += [f"{run} is missing, or older than its code or data" for run in _stale(workdir, data_dir)]
     for line in told: print(line)
     print(f"{len(runs)} runs in {workdir}: {len(told)} faults")
     raise typer.Exit(1 if told else 0)
@@ -149,54 +155,34 @@ def import_finished(
     data_dir: _DataDir = None,
 ):
     "Take finished runs from another folder of results, or from an archive of one."
+    from uat_repro._archive import import_runs
+    from uat_repro._verify import state_of
     taken, faults = import_runs(archive, workdir)
-    states = [(run, state_of(workdir, run.notebook)) for run in plan(snakemake_command(
-        workdir, notebooks_folder(), data_dir=data_dir))] if taken else []
+    states = [(run, state_of(workdir, run.notebook)) for run in _stale(workdir, data_dir)] if taken else []
     for line in [*faults, *(f"{run} is older than the code here" for run, state in states if state == "stale")]:
         print(line)
     print(f"{len(taken)} runs taken into {workdir}")
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-25
+def _check_notebooks():
+    "Whether the notebooks that `reproduce` runs are there; a wheel has none."
+    from uat_repro._doctor import Finding
+    from uat_repro.results import notebooks_folder
+    try: return Finding("package", "notebooks", True, str(notebooks_folder()))
+    except FileNotFoundError as e: return Finding("package", "notebooks", False, str(e))
+
 @app.command()
 def doctor(
     data_dir: _DataDir = None,
     timeout: _option(float, help="Seconds to wait for the hub.") = 3.0,
 ):
     "Say what this machine can run, and what to do about what is missing."
-    profiles = runnable(found := findings(data_dir, timeout))
+    from uat_repro._doctor import findings, runnable
+    profiles = runnable(found := [_check_notebooks(), *findings(data_dir, timeout)])
     print(*found, "", sep="\n")
     for name, lacking in profiles.items():
         print(f"profile {name:6}", f"lacks {', '.join(lacking)}" if lacking else "can run here")
     raise typer.Exit(1 if profiles["cpu"] else 0)
-
-# %% ../nbs/api/18_cli.ipynb #18-cli-29
-def _mark_selected(tokens: pd.DataFrame, keep: float = 0.25) -> pd.DataFrame:
-    "Mark the share of each record's tokens that has the largest loss; of equal ones the earlier."
-    from uat_repro.masking import count_kept
-    loss = tokens.groupby("record", sort=False)["loss"]
-    kept = loss.transform("size").map(lambda n: count_kept(n, keep))
-    return tokens.assign(selected=loss.rank(method="first", ascending=False) <= kept)
-
-def _load(model: str):
-    "A model, on the device of this process, and its tokenizer."
-    from accelerate import PartialState
-    from uat_repro.models import load_model
-    network, tokenizer = load_model(model)
-    return network.to(PartialState().device), tokenizer
-
-def _rows(dataset: str, split: str, limit: int, data_dir, on_error: str | None, tokenizer, max_length: int):
-    "Encoded records of a data set; long responses are cropped."
-    from uat_repro.records import load_records
-    from uat_repro.tokens import encode_all
-    strict = None if on_error is None else on_error == "stop"
-    return encode_all(load_records(dataset, split, limit, data_dir, strict), tokenizer, max_length, too_long="crop")
-
-def _write_scores(out: Path, tokens: pd.DataFrame, by: list[str], show: int, title: str) -> None:
-    "The table of scores, and a page with the heat maps of the first records."
-    from uat_repro.heatmaps import heatmap_html, html_page
-    groups = list(tokens.groupby("record", sort=False))[:show]
-    write_frame(out / "tokens.parquet", tokens)
-    write_whole(out / "tokens.html", html_page(title, *(heatmap_html(part, by, title=name) for name, part in groups)))
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-31
 @app.command()
@@ -216,70 +202,19 @@ def score(
     data_dir: _DataDir = None,
 ):
     "Score the response tokens of a data set: a table, and a page of heat maps."
+    from uat_repro import _tasks as tasks
     from uat_repro.uncertainty import SCORES, MCDropout, score_tokens
+    from uat_repro.workflow import nearest
     if wrong := [s for s in by if s not in SCORES]:
         raise ValueError(f"there is no score {wrong[0]!r}: {nearest(wrong[0], SCORES)}")
-    posterior, (network, tokenizer) = MCDropout(p, samples, tuple(sites)), _load(model)
-    rows = _rows(dataset, split, records, data_dir, on_error, tokenizer, max_length)
-    tokens = _mark_selected(score_tokens(network, tokenizer, rows, posterior))
-    _write_scores(out, tokens, by, show, f"{Path(dataset).stem}, scored by {Path(model).name}")
+    posterior, (network, tokenizer) = MCDropout(p, samples, tuple(sites)), tasks.load(model)
+    rows = tasks.read_rows(dataset, split, records, data_dir, on_error, tokenizer, max_length)
+    tokens = tasks.mark_selected(score_tokens(network, tokenizer, rows, posterior))
+    tasks.write_scores(out, tokens, by, show, f"{Path(dataset).stem}, scored by {Path(model).name}")
     print(f"{len(tokens)} tokens of {len(rows)} records: {out / 'tokens.parquet'}, {out / 'tokens.html'}")
     inflation = tokens["mean_loss"].mean() / tokens["loss"].mean() - 1
     advice = ": lower --p or choose other --sites before trusting the uncertainties" if inflation > .02 else ""
     print(f"the dropout makes the loss {inflation:.1%} higher{advice}")
-
-# %% ../nbs/api/18_cli.ipynb #18-cli-35
-def _train_model(model, tokenizer, rows, validation, objective: str, lora=False, reference=None, resume=False, **args):
-    "The Trainer after training, and the validation loss (nats per token) before and after, if anything is held out."
-    from transformers import PrinterCallback, TrainingArguments
-    from uat_repro.distillation import AdapterTeacher, FrozenTeacher
-    from uat_repro.models import add_lora
-    from uat_repro.objective import Objective
-    from uat_repro.training import UncertaintyAwareTrainer
-    chosen = Objective.preset(objective)
-    if chosen.needs_reference and reference is None:
-        raise ValueError(f"{objective} compares with a model that was trained on such data: pass it by --reference")
-    model, teacher = add_lora(model) if lora else model, None
-    if chosen.needs_teacher:  # the reference, or the initial model
-        initial = AdapterTeacher if lora else FrozenTeacher
-        teacher = initial(model) if reference is None else FrozenTeacher(reference)
-    args = dict(save_strategy="no", report_to="none", logging_steps=1, lr_scheduler_type="cosine",
-                disable_tqdm=not sys.stderr.isatty()) | args
-    trainer = UncertaintyAwareTrainer(
-        model=model, args=TrainingArguments(**args), objective=chosen, train_dataset=rows,
-        teacher=teacher, eval_dataset=validation, processing_class=tokenizer)
-    trainer.remove_callback(PrinterCallback)
-    def held_out_loss(): return None if validation is None else trainer.evaluate()["eval_loss"]
-    before, _, after = held_out_loss(), trainer.train(resume), held_out_loss()
-    return trainer, (before, after)
-
-# %% ../nbs/api/18_cli.ipynb #18-cli-37
-def _digest(rows) -> str: return hashlib.sha256("\n".join(rows["id"]).encode()).hexdigest()[:16]
-
-def _keep(out: Path, trainer, losses: tuple, about: dict, began: float) -> None:
-    "The model, its log, and what it was made with."
-    steps, (before, after) = trainer.state.global_step, losses
-    trainer.save_model(str(out / "model"))
-    if not trainer.is_world_process_zero(): return  # one process writes for all
-    write_frame(out / "log.parquet", pd.DataFrame(line for line in trainer.state.log_history if "mle" in line))
-    write_json(out / "result.json", about | dict(steps=steps, loss_before=before, loss_after=after))
-    write_json(out / "cost.json", cost(began))
-    moved = "nothing held out" if before is None else f"validation loss {before:.3f} -> {after:.3f} nats per token"
-    print(f"{moved} after {steps} steps: {out / 'model'}")
-
-def _sides(read, documents: int) -> tuple:
-    "Rows to train on and held-out rows; `None` for the latter where a file is too small to have some."
-    from uat_repro.records import NoRecords
-    try: return read("train", documents), read("validation", 100)
-    except NoRecords as e:
-        print(f"{e}; so all records are trained on, and nothing is held out", file=sys.stderr)
-        return read("all", documents), None
-
-def _second(reference: str, tokenizer):
-    "The model that an objective compares with; it must know the same tokens."
-    model, other = _load(reference)
-    if other.get_vocab() == tokenizer.get_vocab(): return model
-    raise ValueError(f"the reference {reference} has another tokenizer: give a model with the tokenizer of --model")
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-38
 @app.command()
@@ -304,21 +239,24 @@ def train(
     data_dir: _DataDir = None,
 ):
     "Train a model with one of the presets; the loss on held-out records is printed before and after."
+    from uat_repro import _tasks as tasks
     from uat_repro.models import weights_hash
     from uat_repro.objective import Objective
+    from uat_repro.results import manifest
     Objective.preset(objective)  # a misspelt name is told before anything is loaded
-    began, (network, tokenizer) = time.time(), _load(model)
-    rows, held_out = _sides(lambda part, limit: _rows(dataset, part, limit, data_dir, on_error, tokenizer, max_length),
-                            documents)
+    began, (network, tokenizer) = time.time(), tasks.load(model)
+    def read(part, limit): return tasks.read_rows(dataset, part, limit, data_dir, on_error, tokenizer, max_length)
+    rows, held_out = tasks.sides(read, documents)
     name, spec = Path(dataset).stem, Path(model).name
     args = dict(output_dir=str(out), num_train_epochs=epochs, seed=seed, learning_rate=learning_rate,
                 per_device_train_batch_size=batch_size, per_device_eval_batch_size=batch_size,
                 gradient_accumulation_steps=accumulate, report_to=report_to)
     if checkpoint_every: args |= dict(save_strategy="steps", save_steps=checkpoint_every)
-    second = reference and _second(reference, tokenizer)
-    made = manifest(seed, {name: _digest(rows)}, {spec: weights_hash(network)})
+    second = reference and tasks.second(reference, tokenizer)
+    made = manifest(seed, {name: tasks.digest(rows)}, {spec: weights_hash(network)})
     about = dict(dataset=name, model=spec, objective=objective, documents=len(rows), manifest=made)
-    _keep(out, *_train_model(network, tokenizer, rows, held_out, objective, lora, second, resume, **args), about, began)
+    trained = tasks.train_model(network, tokenizer, rows, held_out, objective, lora, second, resume, **args)
+    tasks.keep_run(out, *trained, about, began)
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-44
 @app.command()
@@ -332,9 +270,11 @@ def evaluate(
     data_dir: _DataDir = None,
 ):
     "Run benchmarks on a model; scores with intervals, and every sample in a table."
+    from uat_repro import _tasks as tasks
     from uat_repro.effects import mean_effect
     from uat_repro.evaluation import benchmark
-    network, tokenizer = _load(model)
+    from uat_repro.results import markdown_table, write_frame, write_whole
+    network, tokenizer = tasks.load(model)
     samples, left_out = benchmark(network, tokenizer, task, data_dir, limit, max_new_tokens, batch_size)
     write_frame(out / "samples.parquet", samples)
     lines = [[task, metric, mean_effect(part, "value", seeds=None, unit="share"), len(part), left_out[task]]
@@ -357,9 +297,10 @@ def cache(
     data_dir: _DataDir = None,
 ):
     "Keep the hidden states of a data set: for a teacher, or for training the layers above one."
+    from uat_repro import _tasks as tasks
     from uat_repro.cache import HiddenCache, states_size
-    network, tokenizer = _load(model)
-    rows = _rows(dataset, split, records, data_dir, on_error, tokenizer, max_length)
+    network, tokenizer = tasks.load(model)
+    rows = tasks.read_rows(dataset, split, records, data_dir, on_error, tokenizer, max_length)
     print(f"{len(rows)} records will take {states_size(network, rows) / 1e6:,.1f} MB in {out}")
     HiddenCache.build(network, rows, out, layer)
 
