@@ -121,14 +121,13 @@ def snakemake_command(
     "The call of Snakemake that makes what is missing."
     places = dict(nbs=notebooks) | (dict(data_dir=data_dir) if data_dir else {})
     ours = FLOW / "clusters" / str(cluster)
-    here = ["--cores", str(cores), "--resources", f"gpu={gpu_runs}"]
+    here = f"--cores {cores} --resources gpu={gpu_runs}".split()
     where = ["--profile", str(ours if ours.is_dir() else cluster)] if cluster else here
     return [sys.executable, "-c", "from uat_repro.workflow import snakemake_main; snakemake_main()", *targets, *where,
             "--snakefile", str(FLOW / "Snakefile"), f"--directory={workdir}", "--logger", "events",
             f"--configfile={config or Path(workdir) / 'profile.json'}",
             "--config", *(f"{k}={os.path.relpath(v, workdir)}" for k, v in places.items()),
-            "--rerun-incomplete", "--rerun-triggers", "mtime", "input", "params",
-            "--keep-going", "--nocolor", "--scheduler", "greedy"]
+            *"--rerun-incomplete --rerun-triggers mtime input params --keep-going --nocolor --scheduler greedy".split()]
 
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-34
 def snakemake_main() -> None:  # exits with Snakemake's status
