@@ -125,11 +125,10 @@ def log_normaliser(
     return torch.stack([_log_sum(part.logits(hidden), temperature) for part in slices]).logsumexp(0)
 
 # %% ../nbs/api/03_head.ipynb #03-head-35
-def _own(z: Tensor, start: int, ids: Tensor) -> tuple[Tensor, Tensor]:
-    "Of each token: whether its id is in the slice, and its logit there."
+def _place(z: Tensor, start: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+    "Of each token: whether its id is in the slice (n,), and its place there (n, 1)."
     i = ids - start
-    inside = (i >= 0) & (i < z.shape[1])
-    return inside, z.gather(1, i.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
+    return (i >= 0) & (i < z.shape[1]), i.clamp(0, z.shape[1] - 1)[:, None]
 
 @fused
 def _summary(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -155,7 +154,8 @@ def token_scores(
     for k, (i, j) in enumerate(slices):
         z = _slice(head, i, j).logits(hidden)  # (N, j - i)
         if watch is not None: watch(i, z)
-        own = torch.where(*_own(z, i, targets), own)
+        inside, at = _place(z, i, targets)
+        own = torch.where(inside, z.gather(1, at)[:, 0], own)
         for rows, row in zip((log_z, mean, top, best), _summary(z)): rows[k] = row
         best[k] += i
     whole = log_z.logsumexp(0)
@@ -190,11 +190,11 @@ def loss_slope(
     log_z: Tensor,  # (n,) log Z
 ) -> tuple[Tensor, Tensor]:  # gradient (n, v); the slice's part (n,) of -z_y
     "Slope of the weighted predictive loss, w (log Z - z_y)."
-    inside, own = _own(z, start, targets)
+    inside, at = _place(z, start, targets)
+    p, w = (z - log_z[:, None]).exp_(), weight[:, None]
     # d/dz_v  w (log Z - z_y)  =  w (p_v - [v = y])
-    dz = (z - log_z[:, None]).exp_()
-    dz.scatter_add_(1, (targets - start).clamp(0, z.shape[1] - 1)[:, None], -inside[:, None].float())
-    return dz.mul_(weight[:, None]), -own.where(inside, 0)
+    at_target = w * (p.gather(1, at) - inside[:, None].float())
+    return p.mul_(w).scatter_(1, at, at_target), -z.gather(1, at)[:, 0].where(inside, 0)
 
 # %% ../nbs/api/03_head.ipynb #03-head-46
 @fused
