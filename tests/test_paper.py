@@ -125,10 +125,11 @@ def write_problems(folder: Path) -> None:
         (folder / f"gsm8k_{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_a_run_of_the_profile_through_its_notebooks(folders, tmp_path):
+def test_a_run_of_the_profile_through_its_notebooks(folders, tmp_path, monkeypatch):
     "Parameters of the profile, sizes of a test: trained in micro-batches, with a benchmark on local files."
     pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'uat_repro[benchmarks]'")
-    write_problems(data_dir := tmp_path / "data")
+    write_problems(tmp_path / "data")
+    monkeypatch.setenv("UAT_REPRO_DATA_DIR", str(tmp_path / "data"))
 
     def go(name, **p):
         notebook = ROOT / "nbs" / f"{name}.ipynb"
@@ -137,13 +138,13 @@ def test_a_run_of_the_profile_through_its_notebooks(folders, tmp_path):
     run = dict(model="llama-3.2-1b", dataset="gsm8k", regime="one_pass", objective="combined")
     prepared = parameters(PROFILE, "prepare", model=run["model"], dataset=run["dataset"])
     prepared |= dict(spec=str(folders[run["model"]]), counts=dict(train=12, validation=2, test=4))
-    go("experiments/prepare", **prepared, model=run["model"], dataset=run["dataset"], data_dir=str(data_dir),
+    go("experiments/prepare", **prepared, model=run["model"], dataset=run["dataset"],
        out="prepared")
     small = dict(documents=4, batch_size=4, micro_batch=2, learning_rate=1e-3, seeds=[0, 1],
                  samples=4, benchmarks=dict(tasks=["gsm8k"], limit=2, max_new_tokens=4))
     settings = {**parameters(PROFILE, "train", **run), **small}
     go("experiments/train", **settings, prepared=dict(gsm8k="prepared"), dataset="gsm8k", regime="one_pass",
-       objective="combined", data_dir=str(data_dir), out="train/run")
+       objective="combined", out="train/run")
 
     result = json.loads((tmp_path / "train" / "run" / "result.json").read_text())
     assert result["settings"]["distill_weight"] == 1 and result["layer"] == 0 and result["seeds"] == [0, 1]

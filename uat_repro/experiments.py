@@ -103,6 +103,7 @@ class _Described:
 
     spec, layer, dtype, precision, counts = map(_told, ("spec", "layer", "dtype", "precision", "counts"))
     identity, model, dataset = _told("identity"), _told("identity", "model"), _told("identity", "dataset")
+    chat_template = property(lambda data: data.about.get("chat_template", ""))  # only where it is not the model's own
 
     @property
     def made_with(self) -> dict[str, dict]:  # `data` and `weights` for `finish`
@@ -171,11 +172,15 @@ def _top(model: PreTrainedModel, layer: int) -> PreTrainedModel:
 # %% ../nbs/api/14_experiments.ipynb #14-experiments-23
 class Prepared(_Stored):
     "One data set, as tokens and states of one model, on disk."
-    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-        "The model to train, on the device that accelerate finds, and its tokenizer."
+    def load(
+        self,
+        whole: bool = False,  # all layers, also where only those above `layer` train
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+        "The model to train, on the device that accelerate finds, and its tokenizer with the template it was used with."
         model, tokenizer = load_model(self.spec, self.dtype)
+        if self.chat_template: tokenizer.chat_template = self.chat_template
         model.to(PartialState().device)
-        return _top(model, self.layer) if self.layer else model, tokenizer
+        return _top(model, self.layer) if self.layer and not whole else model, tokenizer
 
     def batch(self, rows: Sequence[Mapping], tokenizer) -> dict:
         "Some rows as one batch, on the model's device."

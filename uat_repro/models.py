@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ._products import linear
 from ._weights import (PACKAGED_WEIGHTS, TINY, cache_dir, convert_gguf, load_model, tiny_model,
                                 tiny_tokenizer, weights_hash)
 
@@ -39,11 +40,9 @@ class Head(NamedTuple):
 
     def logits(self, hidden: Tensor) -> Tensor:  # (..., V) float32
         "The logits of hidden states (..., H) after the final norm, of any dtype."
-        with torch.autocast(hidden.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.float()
-            z = F.linear(hidden.float().contiguous(), self.weight.float(), bias)
-            z = z if self.scale == 1 else z * self.scale
-            return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+        z = linear(hidden, self.weight, self.bias)
+        z = z if self.scale == 1 else z * self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 # %% ../nbs/api/02_models.ipynb #02-models-11
 def has_dropout(model: nn.Module) -> bool:  # whether a forward in training mode is random

@@ -6,7 +6,7 @@ Docs: https://uat-repro.github.io/uat-repro/api/tokens.html.md"""
 
 # %% auto #0
 __all__ = ['encode', 'encode_all', 'Collator', 'LengthSampler', 'valid_tokens', 'document_numbers', 'Layout', 'lay_out',
-           'token_frame']
+           'token_frame', 'PLAIN_TEMPLATE', 'use_template']
 
 # %% ../nbs/api/01_tokens.ipynb #01-tokens-03
 import logging
@@ -21,10 +21,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 from tqdm import tqdm
 
-from ._templates import Unusable, label_chat
+from ._templates import PLAIN_TEMPLATE, Unusable, label_chat, use_template
 from .records import NoRecords, record_id, to_messages
 
 _log = logging.getLogger(__name__)
+_all_ = ["PLAIN_TEMPLATE", "use_template"]
 
 # %% ../nbs/api/01_tokens.ipynb #01-tokens-11
 class _TooLong(Unusable):
@@ -46,8 +47,9 @@ def _require(tokenizer) -> None:
     "Raise if a tokenizer has no chat template, or does not know where its tokens stand."
     name = tokenizer.name_or_path or "this model"
     if not tokenizer.chat_template:
-        raise ValueError(f"the tokenizer of {name} has no chat template: "
-                         "take that of an instruction-tuned model, or set tokenizer.chat_template")
+        raise ValueError(f"the tokenizer of {name} has no chat template: take an instruction-tuned model, or set "
+                         "tokenizer.chat_template (tokens.PLAIN_TEMPLATE is one for base models; in a profile, "
+                         "chat_template: plain)")
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer of {name} gives no character offsets: load its fast version (tokenizer.json)")
 

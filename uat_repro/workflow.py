@@ -115,19 +115,19 @@ def snakemake_command(
     cores: int = 2,  # runs at once
     data_dir: str | Path | None = None,  # folder of the user's own data
     cluster: str | None = None,  # a folder of `workflow/clusters`, or the path of a Snakemake profile
+    gpu_runs: int = 1,  # runs at once on the GPU
     config: str | Path | None = None,  # configuration; `profile.json` of the folder of results if None
 ) -> list[str]:  # for `subprocess`
     "The call of Snakemake that makes what is missing."
     places = dict(nbs=notebooks) | (dict(data_dir=data_dir) if data_dir else {})
     ours = FLOW / "clusters" / str(cluster)
-    here = ["--cores", str(cores), "--resources", "gpu=1"]  # one run at a time on the GPU
+    here = f"--cores {cores} --resources gpu={gpu_runs}".split()
     where = ["--profile", str(ours if ours.is_dir() else cluster)] if cluster else here
     return [sys.executable, "-c", "from uat_repro.workflow import snakemake_main; snakemake_main()", *targets, *where,
             "--snakefile", str(FLOW / "Snakefile"), f"--directory={workdir}", "--logger", "events",
             f"--configfile={config or Path(workdir) / 'profile.json'}",
             "--config", *(f"{k}={os.path.relpath(v, workdir)}" for k, v in places.items()),
-            "--rerun-incomplete", "--rerun-triggers", "mtime", "input", "params",
-            "--keep-going", "--nocolor", "--scheduler", "greedy"]
+            *"--rerun-incomplete --rerun-triggers mtime input params --keep-going --nocolor --scheduler greedy".split()]
 
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-34
 def snakemake_main() -> None:  # exits with Snakemake's status
@@ -324,6 +324,7 @@ def reproduce(
     data_dir: str | Path | None = None,  # folder of the user's own data; UAT_REPRO_DATA_DIR if None
     update: bool = False,  # bring a folder of another configuration up to date
     cluster: str | None = None,  # `slurm`, or the path of a Snakemake profile
+    gpu_runs: int = 1,  # runs at once on the GPU: several where models are small and the GPU is large
     notebooks: str | Path | None = None,  # folder of notebooks; that of the checkout if None
     label: Callable[[str], str] = str,  # makes text for people of a name in the table of claims
 ) -> int:  # exit status, 0 if all is there
@@ -334,7 +335,7 @@ def reproduce(
     for figure in targets: _check_figure(figure, conf)
     workdir = Path(workdir or ("results" if name == "cpu" else f"results-{name}"))
     targets += [file for figure in targets for file in figures(conf)[figure]]  # or Snakemake misses one that is lost
-    call = dict(notebooks=notebooks, targets=targets, cores=cores, data_dir=data_dir, cluster=cluster)
+    call = dict(notebooks=notebooks, targets=targets, cores=cores, data_dir=data_dir, cluster=cluster, gpu_runs=gpu_runs)
     if dry_run: return _list_runs(conf, workdir, **call)
     if update: _plan_for(conf, workdir, **call)  # a plan that fails must not change the folder
     claim_folder(workdir, conf, update)
