@@ -1,12 +1,13 @@
-"""Keep a finished run as the one that the README quotes: its claims, its figures, the tables that the claims are judged
-from, and what each result was made with and took.
+"""Keep a run as one that the README quotes: its claims, its figures, the tables that the claims are judged from, and
+what each result was made with and took. Of a run that was stopped, what is finished is kept.
 
     python tools/reference.py results reference/cpu
 """
 import shutil, sys
 from pathlib import Path
 
-from uat_repro.claims import gather
+from uat_repro.claims import gather, judge_folder, write_claims
+from uat_repro.plots import label
 from uat_repro.results import read_about, read_json, result_files, write_json
 
 
@@ -14,11 +15,14 @@ def keep(results: Path, reference: Path) -> None:
     "Put what is small of `results` in the place of `reference`."
     shutil.rmtree(reference, ignore_errors=True)
     shutil.copytree(results / "figures", reference / "figures")
-    for name in ("claims.json", "claims.md", "profile.json", "manifest.json"): shutil.copy(results / name, reference)
+    for name in ("profile.json", "manifest.json"):
+        if (results / name).exists(): shutil.copy(results / name, reference)
+    write_claims(judge_folder(results), reference, label)
     for name, table in gather(results).items():  # of all runs, one below the other
         table.to_parquet(reference / f"{name}.parquet", index=False, compression="zstd")
-    for file in result_files(read_json(results / "profile.json")):
-        folder = (results / file).parent
+    for file in (results / f for f in result_files(read_json(results / "profile.json"))):
+        if not file.exists(): continue
+        folder = file.parent
         about = read_about(folder) | dict(cost=read_json(folder / "cost.json"))
         write_json(reference / "runs" / f"{folder.parent.name}-{folder.name}.json", about)
 

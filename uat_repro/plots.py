@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import product
 from pathlib import Path
+from textwrap import fill
 from typing import NamedTuple
 
 import matplotlib as mpl, matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
@@ -41,7 +42,8 @@ OBJECTIVES = dict(
 
 # %% ../nbs/api/16_plots.ipynb #16-plots-09
 LABELS = {name: how.label for name, how in OBJECTIVES.items()} | {
-    "smollm2-135m": "SmolLM2-135M"} | dict(
+    "smollm2-135m": "SmolLM2-135M", "gemma-3-270m": "Gemma 3 270M", "qwen2.5-coder-0.5b": "Qwen2.5-Coder 0.5B",
+    "qwen2.5-coder-1.5b": "Qwen2.5-Coder 1.5B"} | dict(
     alpaca="Alpaca", gsm8k="GSM8K", gsm_symbolic="GSM-Symbolic", sharegpt="ShareGPT", id="ID", ood="OOD",
     one_pass="one pass", repeated="repeated passes", last="last checkpoint", best="best checkpoint",
     initial="untrained model", loss="predictive loss", entropy="predictive entropy", total="total uncertainty",
@@ -97,7 +99,7 @@ def _facets(frame: pd.DataFrame, rows: Iterable[str], columns: Iterable[str], dr
     plt.close(fig)
     axes = fig.subplots(len(down), len(across), squeeze=False, **share)
     for ax, names in zip(axes[0], across): ax.set_title("\n".join(map(label, names)))
-    for ax, names in zip(axes[:, 0], down): ax.set_ylabel("\n".join(map(label, names)), weight="bold")
+    for ax, names in zip(axes[:, 0], down): ax.set_ylabel("\n".join(fill(label(n), 14) for n in names), weight="bold")
     for ax, (row, column) in zip(axes.flat, product(down, across)):
         here = np.logical_and.reduce([frame[k] == v for k, v in zip(keys, (*row, *column))])
         draw(ax, part := frame[here] if keys else frame)
