@@ -77,3 +77,16 @@ def test_an_error_names_the_option_that_helps(asked, option, tmp_path, monkeypat
     (tmp_path / "odd.jsonl").write_text('{"instruction": "Go", "output": ""}')
     assert cli.main([*asked, "--model", "tiny-llama"]) == 1
     assert option in capsys.readouterr().err
+
+
+def test_a_base_model_is_given_a_template_by_an_option(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = load_model("tiny-llama")
+    tokenizer.chat_template = None
+    for part in (model, tokenizer): part.save_pretrained("base")
+    data = [json.dumps(dict(question=f"{i} + {i}?", answer=f"{2 * i}")) for i in range(4)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(data))
+    asked = ["score", "sums.jsonl", "--model", "base", "--samples", "4"]
+    assert cli.main(asked) == 1 and "--chat-template plain" in capsys.readouterr().err
+    assert cli.main([*asked, "--chat-template", "plain"]) == 0
+    assert len(pd.read_parquet("scores/tokens.parquet").record.unique()) == 4

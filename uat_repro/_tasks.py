@@ -22,14 +22,14 @@ from .models import add_lora, load_model
 from .objective import Objective
 from .records import NoRecords, load_records
 from .results import cost, write_frame, write_json, write_whole
-from .tokens import encode_all
+from .tokens import encode_all, use_template
 from .training import UncertaintyAwareTrainer
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-06
-def load(model: str):
-    "A model, on the device of this process, and its tokenizer."
+def load(model: str, chat_template: str = ""):
+    "A model, on the device of this process, and its tokenizer, with its own chat template or with another."
     network, tokenizer = load_model(model)
-    return network.to(PartialState().device), tokenizer
+    return network.to(PartialState().device), use_template(tokenizer, chat_template)
 
 def read_rows(dataset: str, split: str, limit: int, data_dir, on_error: str | None, tokenizer, max_length: int):
     "Encoded records of a data set; long responses are cropped."

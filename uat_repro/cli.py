@@ -21,6 +21,7 @@ def _option(type_, *names: str, **how): return Annotated[type_, typer.Option(*na
 
 _Dataset = Annotated[str, typer.Argument(help="alpaca, gsm8k, gsm_symbolic, sharegpt, or a .json or .jsonl file")]
 _Model = _option(str, help="Hub id, folder, .gguf file, or a name that doctor lists.")
+_Template = _option(str, help="plain, for base models, or a file of Jinja; the model's own if not given.")
 _Split = _option(str, help="train, validation, test or all")
 _Length = _option(int, min=2, help="Tokens of a record; longer responses are cropped.")
 _OnError = _option(Literal["stop", "skip"] | None,
@@ -198,6 +199,7 @@ def doctor(
 def score(
     dataset: _Dataset,
     model: _Model = "smollm2-135m",
+    chat_template: _Template = "",
     out: _option(Path, help="Folder for tokens.parquet and tokens.html.") = Path("scores"),
     records: _option(int, min=1, help="Records to score.") = 20,
     split: _Split = "all",
@@ -216,7 +218,7 @@ def score(
     from uat_repro.workflow import nearest
     if wrong := [s for s in by if s not in SCORES]:
         raise ValueError(f"there is no score {wrong[0]!r}: {nearest(wrong[0], SCORES)}")
-    posterior, (network, tokenizer) = MCDropout(p, samples, tuple(sites)), tasks.load(model)
+    posterior, (network, tokenizer) = MCDropout(p, samples, tuple(sites)), tasks.load(model, chat_template)
     rows = tasks.read_rows(dataset, split, records, data_dir, on_error, tokenizer, max_length)
     tokens = tasks.mark_selected(score_tokens(network, tokenizer, rows, posterior))
     tasks.write_scores(out, tokens, by, show, f"{Path(dataset).stem}, scored by {Path(model).name}")
@@ -230,6 +232,7 @@ def score(
 def train(
     dataset: _Dataset,
     model: _Model = "smollm2-135m",
+    chat_template: _Template = "",
     objective: _option(str, help="A preset: mle, masked_mle, combined, mle_kl, rho1, stm, dft, ...") = "combined",
     out: _option(Path, help="Folder for the model and its log.") = Path("trained"),
     documents: _option(int, min=1, help="Records to train on.") = 1000,
@@ -253,7 +256,7 @@ def train(
     from uat_repro.objective import Objective
     from uat_repro.results import manifest
     Objective.preset(objective)  # a misspelt name is told before anything is loaded
-    began, (network, tokenizer) = time.time(), tasks.load(model)
+    began, (network, tokenizer) = time.time(), tasks.load(model, chat_template)
     def read(part, limit): return tasks.read_rows(dataset, part, limit, data_dir, on_error, tokenizer, max_length)
     rows, held_out = tasks.sides(read, documents)
     name, spec = Path(dataset).stem, Path(model).name
@@ -271,6 +274,7 @@ def train(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or a name that doctor lists.")],
+    chat_template: _Template = "",
     task: _option(list[str], help="A task of lm-evaluation-harness; may be repeated.") = ["gsm8k", "ifeval"],
     out: _option(Path, help="Folder for the samples.") = Path("evaluated"),
     limit: _option(int | None, help="Records of each task; all if not given.") = None,
@@ -283,7 +287,7 @@ def evaluate(
     from uat_repro.effects import mean_effect
     from uat_repro.evaluation import benchmark
     from uat_repro.results import markdown_table, write_frame, write_whole
-    network, tokenizer = tasks.load(model)
+    network, tokenizer = tasks.load(model, chat_template)
     samples, left_out = benchmark(network, tokenizer, task, data_dir, limit, max_new_tokens, batch_size)
     write_frame(out / "samples.parquet", samples)
     lines = [[task, metric, mean_effect(part, "value", seeds=None, unit="share"), len(part), left_out[task]]
@@ -297,6 +301,7 @@ def evaluate(
 def cache(
     dataset: _Dataset,
     model: _Model = "smollm2-135m",
+    chat_template: _Template = "",
     out: _option(Path, help="Folder for the states.") = Path("states"),
     records: _option(int, min=1, help="Records to keep the states of.") = 1000,
     split: _Split = "train",
@@ -308,7 +313,7 @@ def cache(
     "Keep the hidden states of a data set: for a teacher, or for training the layers above one."
     from uat_repro import _tasks as tasks
     from uat_repro.cache import HiddenCache, states_size
-    network, tokenizer = tasks.load(model)
+    network, tokenizer = tasks.load(model, chat_template)
     rows = tasks.read_rows(dataset, split, records, data_dir, on_error, tokenizer, max_length)
     print(f"{len(rows)} records will take {states_size(network, rows) / 1e6:,.1f} MB in {out}")
     HiddenCache.build(network, rows, out, layer)

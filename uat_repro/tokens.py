@@ -47,9 +47,9 @@ def _require(tokenizer) -> None:
     "Raise if a tokenizer has no chat template, or does not know where its tokens stand."
     name = tokenizer.name_or_path or "this model"
     if not tokenizer.chat_template:
-        raise ValueError(f"the tokenizer of {name} has no chat template: take an instruction-tuned model, or set "
-                         "tokenizer.chat_template (tokens.PLAIN_TEMPLATE is one for base models; in a profile, "
-                         "chat_template: plain)")
+        raise ValueError(f"the tokenizer of {name} has no chat template: take an instruction-tuned model, or give it one "
+                         "(a base model: --chat-template plain; in a profile, chat_template: plain; in Python, "
+                         "tokenizer.chat_template = tokens.PLAIN_TEMPLATE)")
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer of {name} gives no character offsets: load its fast version (tokenizer.json)")
 
