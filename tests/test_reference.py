@@ -34,7 +34,8 @@ def test_claims_of_the_reference_are_those_of_today(reference):
 
 
 def test_readme_quotes_what_the_tables_say():
-    told = "".join((folder / "claims.md").read_text(encoding="utf-8") for folder in REFERENCES)
+    tables = [folder / name for folder in REFERENCES for name in ("claims.md", "figures/t1.md")]
+    told = "".join(path.read_text(encoding="utf-8") for path in tables)
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("## What came out")[1].split("\n## ")[0]
     quoted = re.findall(r"-?\d+\.\d+ \[-?[\d.]+, -?[\d.]+\]", section)
     assert len(quoted) > len(CLAIMS) and [q for q in quoted if q not in told] == []
