@@ -14,13 +14,13 @@ from uat_repro.records import (FORMATS, HUB, SPLITS, _from_package, _read, in_fo
 # ---- formats -------------------------------------------------------------------------------------
 
 def test_a_new_format_is_one_entry(monkeypatch, tmp_path):
-    def turns(record): return [("user", record["prompt"]), ("assistant", record["completion"])]
-    monkeypatch.setitem(FORMATS, "prompt", turns)
-    record = {"prompt": "2 + 2?", "completion": "4"}
+    def turns(record): return [("user", record["query"]), ("assistant", record["reply"])]
+    monkeypatch.setitem(FORMATS, "query", turns)
+    record = {"query": "2 + 2?", "reply": "4"}
     assert to_messages(record) == to_messages({"question": "2 + 2?", "answer": "4"})
     assert load_records(write(tmp_path / "mine.jsonl", [record]), "all")[0]["messages"] == to_messages(record)
-    fails("messages, conversations, instruction, question, prompt,", call=lambda: to_messages({"text": "4"}))
-    fails("no known format", call=lambda: to_messages({"prompt": "no completion"}))
+    fails("messages, conversations, prompt, instruction, question, query,", call=lambda: to_messages({"text": "4"}))
+    fails("no known format", call=lambda: to_messages({"query": "no completion"}))
 
 
 @pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES)

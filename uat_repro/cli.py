@@ -19,7 +19,7 @@ import typer
 # %% ../nbs/api/18_cli.ipynb #18-cli-06
 def _option(type_, *names: str, **how): return Annotated[type_, typer.Option(*names, **how)]
 
-_Dataset = Annotated[str, typer.Argument(help="alpaca, gsm8k, gsm_symbolic, sharegpt, or a .json or .jsonl file")]
+_Dataset = Annotated[str, typer.Argument(help="alpaca, gsm8k, gsm_symbolic, sharegpt, or a file of JSON, CSV or Parquet")]
 _Model = _option(str, help="Hub id, folder, .gguf file, or a name that doctor lists.")
 _Template = _option(str, help="plain, for base models, or a file of Jinja; the model's own if not given.")
 _Split = _option(str, help="train, validation, test or all")

@@ -15,7 +15,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from ._files import file_hash, read_values
+from ._files import ENDINGS, file_hash, read_values
 
 _log = logging.getLogger(__name__)
 
@@ -43,9 +43,15 @@ def _several(turns: list[dict]) -> list[tuple]:
     "The turns of a conversation, each with all its fields."
     return [(_first(turn, "role", "from"), _first(turn, "content", "value"), turn) for turn in turns]
 
+def _pair(prompt: object, completion: object) -> list[tuple]:
+    "A prompt and its completion, each as text or as a list of turns."
+    return [turn for speaker, part in (("user", prompt), ("assistant", completion))
+            for turn in (_several(part) if isinstance(part, list) else [(speaker, part)])]
+
 FORMATS = dict(  # the field that marks a format -> a function from a record to its turns: (speaker, text)
     messages=lambda record: _several(record["messages"]),
     conversations=lambda record: _several(record["conversations"]),
+    prompt=lambda record: _pair(record["prompt"], _first(record, "completion", "response", "output", "answer")),
     instruction=lambda record: _single(record, "instruction", "input", "context"),
     question=lambda record: _single(record, "context", "question"),
 )
@@ -148,7 +154,8 @@ def _unwrap(value: object) -> list:
 def _read(path: Path, complain: Callable[[str], None]) -> Iterator[tuple[str, object]]:
     "Stream the records of a file, each with its place for messages."
     for line, value in read_values(path, complain):
-        for record in _unwrap(value): yield f"{path}, line {line}", record
+        place = "row" if path.suffix == ".parquet" else "line"
+        for record in _unwrap(value): yield f"{path}, {place} {line}", record
 
 # %% ../nbs/api/00_records.ipynb #00-records-27
 _WORDS = dict(train="train", training="train", test="test", testing="test") | dict.fromkeys(
@@ -158,8 +165,8 @@ def _from_files(name: str, folder: Path) -> dict[str, list[Path]]:
     "The files of a data set in a folder, by the split in their names; empty if there is none."
     parts = {}
     for path in sorted(folder.glob(f"{name}*")):
-        if path.suffix not in (".json", ".jsonl"): continue
-        words = re.findall("[a-z]+", path.stem[len(name):].lower())
+        if not path.name.endswith(ENDINGS): continue
+        words = re.findall("[a-z]+", path.name[len(name):].lower())
         if _BACKUPS & {*words}: _log.warning("%s is named like a backup and not read: rename or remove it", path)
         else: parts.setdefault(next((_WORDS[w] for w in words if w in _WORDS), ""), []).append(path)
     return parts
@@ -227,7 +234,7 @@ def _unknown(name: str) -> ValueError:
     "The error to raise about a name that is neither a data set nor a file."
     near = difflib.get_close_matches(name, NAMES, 1, .5)
     return ValueError(f"unknown data set {name!r}" + (f", did you mean {near[0]!r}?" if near else ":") +
-                      f" known are {', '.join(NAMES)}, or the path of a .json or .jsonl file")
+                      f" known are {', '.join(NAMES)}, or the path of a file that ends in {', '.join(ENDINGS)}")
 
 def _nowhere(name: str, reasons: list[str]) -> FileNotFoundError:
     "The error to raise about a data set that lies in none of the three places."
@@ -241,7 +248,7 @@ def _nowhere(name: str, reasons: list[str]) -> FileNotFoundError:
 # %% ../nbs/api/00_records.ipynb #00-records-37
 def _find(name: str, data_dir: str | Path | None) -> tuple[dict[str, list[Callable]], bool]:
     "The nearest source of a data set: split -> streams, and whether these are your own files."
-    if name.endswith((".json", ".jsonl")):
+    if name.endswith(ENDINGS):
         if not Path(name).is_file(): raise FileNotFoundError(f"there is no file {name}: check the path")
         return {"": [partial(_read, Path(name))]}, True
     if name not in NAMES: raise _unknown(name)
@@ -297,7 +304,7 @@ def _refuse(complaint: str) -> None:
     raise ValueError(f"{complaint}; mend the file, or leave such records out (--on-error skip, in Python strict=False)")
 
 def load_records(
-    name: str | Path,  # alpaca, gsm8k, gsm_symbolic, sharegpt, or the path of a .json or .jsonl file
+    name: str | Path,  # alpaca, gsm8k, gsm_symbolic, sharegpt, or the path of a file with one of the `ENDINGS`
     split: str = "train",  # train, validation, test, or all
     limit: int | None = None,  # largest number of records, in the order of the source
     data_dir: str | Path | None = None,  # folder of your files, or `None` for that of the environment

@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import fmean
 
 import psutil, yaml
+from ._files import ENDINGS
 from ._verify import discard_altered
 from .results import (AXES, catalogue, check_disk, claim_folder, cost, figures, inside, locked, manifest,
                                notebooks_folder, traceback_of, write_json)
@@ -80,7 +81,7 @@ def _check_profile(profile: dict, name: str) -> None:
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-16
 def _has_file(data_dir: str | Path | None, dataset: str) -> bool:
     "Whether the user's data folder has a file of a data set."
-    return bool(data_dir) and any(p.suffix in (".json", ".jsonl") for p in Path(data_dir).glob(f"{dataset}*"))
+    return bool(data_dir) and any(p.name.endswith(ENDINGS) for p in Path(data_dir).glob(f"{dataset}*"))
 
 def load_profile(
     name: str = "cpu",  # a profile of this package, or the path of a `.yaml` file
