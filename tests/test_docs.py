@@ -35,3 +35,9 @@ def test_claims_come_first_and_figures_in_the_order_of_the_paper(docs):
     sections = docs.sections()
     pages = [entry["href"] for entry in sections[1]["contents"]]
     assert sections[0]["section"] == "Claims" and pages == sorted(pages) and pages[0] == "figures/fig1.ipynb"
+
+
+def test_what_only_another_reference_has_is_shown_from_there(docs, tmp_path):
+    page, both = (docs.executed(Path(f"figures/{name}.ipynb"), tmp_path).cells for name in ("e9", "fig2b"))
+    assert "](../measured/gpu/figures/e9.png)" in page[1].source
+    assert ["cpu" in cell.source for cell in both[1:3]] == [True, False]

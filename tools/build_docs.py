@@ -36,15 +36,18 @@ def logs(results: Path) -> dict[str, list[str]]:
 
 
 def referred(page: Path, profile: str) -> list[nbformat.NotebookNode]:
-    "What the reference run left of a figure or of the claims, as a cell; nothing for other pages."
-    folder, shown = ROOT / "reference" / profile, []
-    for entry in catalogue()["figures"].values():
-        files = [f for f in entry["files"] if entry["notebook"] == str(page.with_suffix("")) and (folder / f).exists()]
-        shown += [f"![{entry['title']}](../measured/{profile}/{f})" for f in files if f.endswith(".png")]
-        shown += [re.sub(r"^# .*\n", "", (folder / f).read_text(encoding="utf-8")) for f in files if f.endswith(".md")]
-    told = f"## In the reference run\n\nThis page has not been run here. `reference/{profile}` has its results; the " \
-           "[first page](../index.ipynb) says what they are good for."
-    return [nbformat.v4.new_markdown_cell("\n\n".join([told, *shown]))] if shown else []
+    "What the reference runs left of a figure or of the claims, that of the profile before others, as a cell each."
+    cells, own = [], ROOT / "reference" / profile
+    for folder in sorted((ROOT / "reference").iterdir(), key=lambda f: (f != own, f.name)):
+        shown = []
+        for entry in catalogue()["figures"].values():
+            files = [f for f in entry["files"] if entry["notebook"] == str(page.with_suffix("")) and (folder / f).exists()]
+            shown += [f"![{entry['title']}](../measured/{folder.name}/{f})" for f in files if f.endswith(".png")]
+            shown += [re.sub(r"^# .*\n", "", (folder / f).read_text(encoding="utf-8")) for f in files if f.endswith(".md")]
+        told = f"## In the reference run of profile {folder.name}\n\nThis page has not been run here. " \
+               f"`reference/{folder.name}` has its results; the [first page](../index.ipynb) sums them up."
+        if shown: cells.append(nbformat.v4.new_markdown_cell("\n\n".join([told, *shown])))
+    return cells
 
 
 def executed(page: Path, results: Path) -> nbformat.NotebookNode:
