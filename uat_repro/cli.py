@@ -107,7 +107,7 @@ def claims(
     runs = result_files(read_json(config))
     if missing := [f for f in runs if not (workdir / f).exists()]:
         raise FileNotFoundError(f"{len(missing)} results are missing, first {missing[0]}: {remedy}")
-    if faults := [fault for f in runs for fault in altered((workdir / f).parent, quick=True)]:
+    if faults := [fault for f in runs for fault in altered((workdir / f).parent)]:
         raise ValueError(f"{len(faults)} files are not as their runs left them, first {faults[0]}: {remedy}")
     if stale := _stale(workdir, data_dir):
         raise ValueError(f"{len(stale)} results are older than their code or data, first {stale[0]}: {remedy}")
