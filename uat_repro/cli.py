@@ -177,7 +177,8 @@ def import_finished(
 def _check_notebooks():
     "Whether the notebooks that `reproduce` runs are there; a wheel has none."
     from uat_repro._doctor import Finding
-    from uat_repro.results import notebooks_folder
+    try: from uat_repro.results import notebooks_folder
+    except ImportError as e: return Finding("package", "notebooks", True, f"not looked for: {e}")
     try: return Finding("package", "notebooks", True, str(notebooks_folder()))
     except FileNotFoundError as e: return Finding("package", "notebooks", False, str(e))
 
