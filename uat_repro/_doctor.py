@@ -11,6 +11,7 @@ __all__ = ['Finding', 'findings', 'runnable']
 import os, re, shutil, urllib.request
 from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,10 +90,17 @@ def _check_machine(folder: str | Path = ".") -> list[Finding]:
             told("disk", disk > 5, f"{disk:.0f} GB free", f"the cpu profile needs 5 GB; {elsewhere}"),
             told("processors", True, f"{os.cpu_count()}")]
 
+def _importable(found: Finding) -> Finding:
+    "What was found of a required package, or that its modules are gone."
+    try: there = find_spec(dict(pyyaml="yaml").get(found.name, found.name))
+    except ImportError: there = None
+    remedy = f"pip install --force-reinstall {found.name}"
+    return found if there or not found.fine else found._replace(fine=False, detail="no modules", remedy=remedy)
+
 def findings(data_dir: Path | None, timeout: float) -> list[Finding]:
     "Everything that `doctor` looks at."
     from uat_repro.records import NAMES
-    needed = [_check_package(r) for r in requires("uat_repro") or [] if "extra ==" not in r]
+    needed = [_importable(_check_package(r)) for r in requires("uat_repro") or [] if "extra ==" not in r]
     if not all(package.fine for package in needed): PACKAGED_WEIGHTS = {}  # to know them takes torch
     else: from uat_repro._weights import PACKAGED_WEIGHTS
     hub = _check_hub(timeout)
