@@ -21,6 +21,35 @@ def test_help_and_a_misspelt_option_need_no_large_package():
         assert p.returncode == status and p.stdout.splitlines()[-1] == "set()"
 
 
+WITHOUT = """
+import importlib.metadata as metadata, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == module: raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+def version(name):
+    if name == package: raise metadata.PackageNotFoundError(name)
+    return there(name)
+package, module = sys.argv[1:]
+there, metadata.version = metadata.version, version
+sys.meta_path.insert(0, Absent())
+from uat_repro.cli import main
+sys.exit(main(["--debug", "doctor", "--timeout", ".1"]))
+"""
+
+@pytest.mark.parametrize("package", ["numpy", "pandas", "scipy", "snakemake", "torch", "packaging", "pyyaml"])
+def test_doctor_names_a_package_that_is_missing(package):
+    module = dict(pyyaml="yaml").get(package, package)
+    p = subprocess.run([sys.executable, "-c", WITHOUT, package, module], capture_output=True, text=True)
+    assert p.returncode == 1 and "Traceback" not in p.stderr
+    assert f"--  {package:22} not installed: pip install '{package}" in p.stdout
+    assert all(package in line for line in p.stdout.splitlines() if line.startswith("profile "))
+
+
+def test_doctor_names_a_package_whose_modules_are_gone():
+    p = subprocess.run([sys.executable, "-c", WITHOUT, "", "pandas"], capture_output=True, text=True)
+    assert p.returncode == 1 and "Traceback" not in p.stderr and "profile smoke  lacks pandas" in p.stdout
+
+
 def test_results_that_are_stale_or_missing_are_refused(tmp_path, monkeypatch, capsys):
     profile, stale = load_profile("smoke"), []
     write_json(tmp_path / "profile.json", profile)

@@ -5,7 +5,7 @@ from pathlib import Path
 import nbformat, pandas as pd, pytest, yaml
 from nbformat.v4 import new_code_cell, new_notebook
 
-from uat_repro._verify import sealed
+from uat_repro._verify import sealed, state_of
 from uat_repro.results import AXES, catalogue, claim_folder, figures, folder_of, result_files, runs_of, write_json
 from uat_repro._code import code_digest, known_parameters
 from uat_repro.workflow import FLOW, load_profile, plan, reproduce, snakemake_command
@@ -80,6 +80,7 @@ def test_fails_mends_and_reruns_only_what_changed(nbs, profile, tmp_path, capfd)
     assert todo() == set(), "prose reruns nothing"
     edit(train, "write_text('[]')", "write_text('[1]')")
     assert todo() == {"train", *(name for name, reads in figures(load_profile(profile())).items() if any(r.startswith("train/") for r in reads))}
+    assert {state_of(work, run.notebook) for run in plan(snakemake_command(work, nbs))} == {"stale"}, "figures as well"
     edit(train, "write_text('[1]')", "write_text('[]')")
     assert todo() == set()
 

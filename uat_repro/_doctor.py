@@ -8,15 +8,12 @@ Docs: https://uat-repro.github.io/uat-repro/api/doctor.html.md"""
 __all__ = ['Finding', 'findings', 'runnable']
 
 # %% ../nbs/api/18a_doctor.ipynb #18a-doctor-03
-import os, shutil, urllib.request
+import os, re, shutil, urllib.request
 from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
-
-from packaging.requirements import Requirement
-
-from .workflow import load_profile
 
 # %% ../nbs/api/18a_doctor.ipynb #18a-doctor-05
 class Finding(NamedTuple):
@@ -37,11 +34,14 @@ class Finding(NamedTuple):
 # %% ../nbs/api/18a_doctor.ipynb #18a-doctor-08
 def _check_package(requirement: str, install: str | None = None) -> Finding:
     "Whether a package is installed in a version that will do; `install` is for pip where it is missing."
-    need = Requirement(requirement)
-    told = partial(Finding, "package", need.name)
-    try: have = version(need.name)
+    name = re.match(r"[\w.-]+", requirement)[0]
+    told = partial(Finding, "package", name)
+    try: have = version(name)
     except PackageNotFoundError: return told(False, "not installed", f"pip install {install or repr(requirement)}")
-    return told(need.specifier.contains(have.split("+")[0], prereleases=True), have, f"pip install {requirement!r}")
+    try: from packaging.requirements import Requirement
+    except ImportError: return told(True, f"{have}, not compared")  # packaging is a finding of its own
+    fits = Requirement(requirement).specifier.contains(have.split("+")[0], prereleases=True)
+    return told(fits, have, f"pip install {requirement!r}")
 
 def _check_hub(timeout: float, url: str = "https://huggingface.co/api/models?limit=1") -> Finding:
     "Whether models and data can be fetched from the hub within so many seconds."
@@ -90,10 +90,17 @@ def _check_machine(folder: str | Path = ".") -> list[Finding]:
             told("disk", disk > 5, f"{disk:.0f} GB free", f"the cpu profile needs 5 GB; {elsewhere}"),
             told("processors", True, f"{os.cpu_count()}")]
 
+def _importable(found: Finding) -> Finding:
+    "What was found of a required package, or that its modules are gone."
+    try: there = find_spec(dict(pyyaml="yaml").get(found.name, found.name))
+    except ImportError: there = None
+    remedy = f"pip install --force-reinstall {found.name}"
+    return found if there or not found.fine else found._replace(fine=False, detail="no modules", remedy=remedy)
+
 def findings(data_dir: Path | None, timeout: float) -> list[Finding]:
     "Everything that `doctor` looks at."
     from uat_repro.records import NAMES
-    needed = [_check_package(r) for r in requires("uat_repro") or [] if "extra ==" not in r]
+    needed = [_importable(_check_package(r)) for r in requires("uat_repro") or [] if "extra ==" not in r]
     if not all(package.fine for package in needed): PACKAGED_WEIGHTS = {}  # to know them takes torch
     else: from uat_repro._weights import PACKAGED_WEIGHTS
     hub = _check_hub(timeout)
@@ -101,13 +108,16 @@ def findings(data_dir: Path | None, timeout: float) -> list[Finding]:
     return [*needed, *weights, hub, *(_check_data(n, data_dir, hub.fine) for n in NAMES), *_check_machine()]
 
 # %% ../nbs/api/18a_doctor.ipynb #18a-doctor-18
-def _needs(profile: dict) -> set[tuple[str, str]]:
-    "Kind and name of what a profile needs, packages aside."
+def _needs(name: str) -> set[tuple[str, str]]:
+    "Kind and name of what a profile needs, packages aside; nothing where those are missing that read profiles."
+    try: from uat_repro.workflow import load_profile
+    except ImportError: return set()
+    profile = load_profile(name)
     specs = [m["spec"] for m in profile["models"].values()]
     remote = {("hub", "hub"), ("machine", "GPU")} if any("/" in s for s in specs) else set()
     return {*(("weights", s) for s in specs), *(("data", d) for d in profile["datasets"]), *remote}
 
 def runnable(found: list[Finding]) -> dict[str, list[str]]:
     "What each profile lacks here; nothing where it can run."
-    needs, lacks = {p: _needs(load_profile(p)) for p in ("smoke", "cpu", "paper")}, [f for f in found if not f.fine]
+    needs, lacks = {p: _needs(p) for p in ("smoke", "cpu", "paper")}, [f for f in found if not f.fine]
     return {p: sorted(f.what for f in lacks if f.kind == "package" or (f.kind, f.name) in needs[p]) for p in needs}

@@ -107,7 +107,7 @@ def claims(
     runs = result_files(read_json(config))
     if missing := [f for f in runs if not (workdir / f).exists()]:
         raise FileNotFoundError(f"{len(missing)} results are missing, first {missing[0]}: {remedy}")
-    if faults := [fault for f in runs for fault in altered((workdir / f).parent, quick=True)]:
+    if faults := [fault for f in runs for fault in altered((workdir / f).parent)]:
         raise ValueError(f"{len(faults)} files are not as their runs left them, first {faults[0]}: {remedy}")
     if stale := _stale(workdir, data_dir):
         raise ValueError(f"{len(stale)} results are older than their code or data, first {stale[0]}: {remedy}")
@@ -177,7 +177,8 @@ def import_finished(
 def _check_notebooks():
     "Whether the notebooks that `reproduce` runs are there; a wheel has none."
     from uat_repro._doctor import Finding
-    from uat_repro.results import notebooks_folder
+    try: from uat_repro.results import notebooks_folder
+    except ImportError as e: return Finding("package", "notebooks", True, f"not looked for: {e}")
     try: return Finding("package", "notebooks", True, str(notebooks_folder()))
     except FileNotFoundError as e: return Finding("package", "notebooks", False, str(e))
 

@@ -117,6 +117,8 @@ class Family(NamedTuple):
 FAMILIES = {  # `model_type` of a config -> its family
     "default": Family(),
     "falcon_h1": Family(norm="final_layernorm", mlp="feed_forward", multiplier="lm_head_multiplier"),
+    "hyperclovax": Family(multiplier="logits_scaling", divisor=""),
+    "inkling_text": Family(divisor="logits_mup_width_multiplier"),
     "recurrent_gemma": Family(norm="final_norm", mlp="mlp_block", softcap="logits_soft_cap"),
 }
 
@@ -127,13 +129,14 @@ def family_of(model: nn.Module) -> Family:  # the entry of its `model_type`, or 
 # %% ../nbs/api/02_models.ipynb #02-models-20
 def _same_logits(head: Head, model: nn.Module, ids: Tensor) -> bool:
     "Whether a head makes the model's own logits of its last hidden states."
-    states, logits = _run(_body(model), model, input_ids=ids)
-    return states.shape[-1] == head.weight.shape[1] and _close(head.logits(states), logits.logits, 2e-2)
+    states, out = _run(_body(model), model, input_ids=ids)
+    same = (out.logits.shape[-1], states.shape[-1]) == head.weight.shape
+    return same and _close(head.logits(states), out.logits, 2e-2)
 
 def head_of(model: nn.Module) -> Head:  # shares storage with the model
     "The head of a causal language model, wrapped or not. Raises where it is not a plain linear map."
     model, family = unwrap(model), family_of(model)
-    out, read = model.get_output_embeddings(), partial(getattr, model.config)
+    out, read = model.get_output_embeddings(), partial(getattr, model.config.get_text_config(decoder=True))
     if not isinstance(out, nn.Linear):
         raise ValueError(f"the output layer is {type(out).__name__}, not a plain linear layer: keep it out of adapters")
     if hasattr(out.weight, "placements") or out.weight.dim() != 2 or not out.weight.numel():
