@@ -268,6 +268,9 @@ def train(
     second = reference and tasks.second(reference, tokenizer)
     made = manifest(seed, {name: tasks.digest(rows)}, {spec: weights_hash(network)})
     about = dict(dataset=name, model=spec, objective=objective, documents=len(rows), manifest=made)
+    start = dict(data=made["data"], weights=made["weights"], objective=objective, lora=lora, seed=seed,
+                 reference=reference and Path(reference).name)
+    tasks.keep_start(out, start, resume)
     trained = tasks.train_model(network, tokenizer, rows, held_out, objective, lora, second, resume, **args)
     tasks.keep_run(out, *trained, about, began)
 
