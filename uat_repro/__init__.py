@@ -16,8 +16,9 @@ _MODULES = {
     "training": ("AtSteps", "TokenLog", "UncertaintyAwareTrainer"),
     "evaluation": ("evaluate", "measure_baseline"),
 }
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
-__all__ = [*_HOME]
+_OPTIONAL = {"sft": ("UncertaintyAwareSFTTrainer",)}  # needs trl, so `import *` leaves it out
+_HOME = {name: module for module, names in (_MODULES | _OPTIONAL).items() for name in names}
+__all__ = [name for names in _MODULES.values() for name in names]
 
 
 def __getattr__(name):

@@ -331,7 +331,7 @@ def _check_logits(o: Settings) -> None:
 def as_compute_loss_func(
     objective: Objective,  # whose rules need nothing but the logits of one batch
 ) -> Callable:  # (outputs, labels, num_items_in_batch=None) -> scalar loss; without gradient that of "mle"
-    "The objective as a `compute_loss_func` for `transformers.Trainer` and TRL's `SFTTrainer`."
+    "The objective as a `compute_loss_func` for `transformers.Trainer`."
     _check_logits(objective)
     def compute_loss(outputs, labels: Tensor, num_items_in_batch=None) -> Tensor:
         o = objective if torch.is_grad_enabled() else Objective.preset("mle")
