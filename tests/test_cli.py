@@ -119,3 +119,14 @@ def test_a_base_model_is_given_a_template_by_an_option(tmp_path, capsys, monkeyp
     assert cli.main(asked) == 1 and "--chat-template plain" in capsys.readouterr().err
     assert cli.main([*asked, "--chat-template", "plain"]) == 0
     assert len(pd.read_parquet("scores/tokens.parquet").record.unique()) == 4
+
+
+def test_no_text_of_a_record_reaches_the_terminal_or_the_page_as_it_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hostile = "</script><img src=x onerror=alert(1)> \x1b[31mred\x1b[0m"
+    (tmp_path / "odd.jsonl").write_text("\n".join(json.dumps(dict(question=f"{i}?", answer=hostile)) for i in range(5)))
+    assert cli.main(["score", "odd.jsonl", "--model", "tiny-llama", "--samples", "4", "--by", "loss"]) == 0
+    out, page = capsys.readouterr().out, (tmp_path / "scores/tokens.html").read_text()
+    assert "\x1b" not in out + page and "records of largest mean loss" in out
+    assert "2 of the 2 records of largest loss begin alike: '</script><img" in out
+    assert page.count("</script>") == 2 and "<img" not in page

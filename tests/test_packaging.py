@@ -44,7 +44,7 @@ def call(installed, *args):
 def test_the_archive_holds_what_its_build_reads(installed):
     archive, = (installed / "sdist").iterdir()
     names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
-    assert {"settings.ini", "setup.py", "README.md", "LICENSE", "uat_repro/claims.yaml"} <= names
+    assert {"settings.ini", "setup.py", "README.md", "LICENSE", "uat_repro/claims.yaml", "uat_repro/page.html"} <= names
 
 
 def test_the_installed_library_has_its_files(installed):

@@ -204,8 +204,8 @@ def score(
     out: _option(Path, help="Folder for tokens.parquet and tokens.html.") = Path("scores"),
     records: _option(int, min=1, help="Records to score.") = 20,
     split: _Split = "all",
-    show: _option(int, help="Records on the page.") = 10,
-    by: _option(list[str], help="A score on the page, such as entropy; may be repeated.") = ["epistemic", "loss"],
+    show: _option(int, min=1, help="Records on the page, the first ones.") = 2000,
+    by: _option(str, help="Score that colours the page at first and ranks the summary, such as loss.") = "epistemic",
     p: _option(float, help="Dropout rate.") = .02,
     sites: _option(list[str], help="attention, mlp, probabilities or final; may be repeated.") = ["attention"],
     samples: _option(int, help="Samples of the posterior, at least 4.") = 8,
@@ -213,20 +213,18 @@ def score(
     on_error: _OnError = None,
     data_dir: _DataDir = None,
 ):
-    "Score the response tokens of a data set: a table, and a page of heat maps."
+    "Score the response tokens of a data set: a table, a page to explore them, and a summary."
     from uat_repro import _tasks as tasks
     from uat_repro.uncertainty import SCORES, MCDropout, score_tokens
     from uat_repro.workflow import nearest
-    if wrong := [s for s in by if s not in SCORES]:
-        raise ValueError(f"there is no score {wrong[0]!r}: {nearest(wrong[0], SCORES)}")
+    if by not in SCORES: raise ValueError(f"there is no score {by!r}: {nearest(by, SCORES)}")
     posterior, (network, tokenizer) = MCDropout(p, samples, tuple(sites)), tasks.load(model, chat_template)
     rows = tasks.read_rows(dataset, split, records, data_dir, on_error, tokenizer, max_length)
     tokens = tasks.mark_selected(score_tokens(network, tokenizer, rows, posterior))
     tasks.write_scores(out, tokens, by, show, f"{Path(dataset).stem}, scored by {Path(model).name}")
     print(f"{len(tokens)} tokens of {len(rows)} records: {out / 'tokens.parquet'}, {out / 'tokens.html'}")
-    inflation = tokens["mean_loss"].mean() / tokens["loss"].mean() - 1
-    advice = ": lower --p or choose other --sites before trusting the uncertainties" if inflation > .02 else ""
-    print(f"the dropout makes the loss {inflation:.1%} higher{advice}")
+    said = [*tasks.least_sure(tokens, by), tasks.selected_kinds(tokens), tasks.alike(tokens), tasks.harm(tokens)]
+    print(*filter(None, said), sep="\n")
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-38
 @app.command()
