@@ -69,7 +69,8 @@ def assert_same(found, expected):
 
 
 LAYOUTS = {
-    "plain": {}, "packing": dict(packing=True, max_length=100), "padding_free": dict(padding_free=True, max_length=None),
+    "plain": {}, "packing": dict(packing=True, max_length=100),
+    "padding_free": dict(padding_free=True, max_length=None),
 }
 WHOLE = dict(per_device_train_batch_size=8)  # every step holds all documents, in whatever rows
 
