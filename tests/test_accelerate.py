@@ -1,0 +1,36 @@
+"The configurations for `accelerate launch` that the package ships."
+import json, os, socket, subprocess, sys
+from importlib.resources import files
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+
+CONFIGS = files("uat_repro")/"workflow"/"accelerate"
+
+
+@pytest.mark.parametrize("name, kind", [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP")])
+def test_accelerate_reads_the_configurations(name, kind):
+    config = load_config_from_file(str(CONFIGS/f"{name}.yaml"))
+    assert (config.distributed_type.value, config.mixed_precision, config.num_machines) == (kind, "bf16", 1)
+
+
+def test_the_output_layer_stays_whole_under_fsdp():
+    fsdp = load_config_from_file(str(CONFIGS/"fsdp2.yaml")).fsdp_config
+    assert (fsdp["fsdp_version"], fsdp["fsdp_reshard_after_forward"]) == (2, False)
+
+
+def test_two_processes_train_with_the_configuration_for_ddp(tmp_path):
+    mine = tmp_path/"mine.jsonl"
+    rows = [dict(instruction=f"Count to {i}", input="", output=" ".join(map(str, range(i)))) for i in range(1, 41)]
+    mine.write_text("\n".join(map(json.dumps, rows)))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    flags = ["--config_file", str(CONFIGS/"ddp.yaml"), "--num_processes", "2", "--main_process_port", str(port)]
+    train = ["train", str(mine), "--model", "tiny-llama", "--documents", "16", "--batch-size", "4",
+             "--out", str(tmp_path/"out")]
+    call = [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", "uat_repro.cli", *train]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path/"out/result.json").read_text())["steps"] == 2  # 16 documents, 4 on each of 2 processes

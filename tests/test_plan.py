@@ -1,0 +1,56 @@
+"The plan of a profile: its model of memory against the bytes that PyTorch allocates, and what it says."
+import json
+
+import pytest, torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from uat_repro._plan import plan_text, sizes_of, training_bytes
+from uat_repro.distillation import FrozenTeacher
+from uat_repro.head import SLICE_LOGITS
+from uat_repro.models import tiny_tokenizer
+from uat_repro.objective import Objective
+from uat_repro.training import train_in_memory
+
+SMALL = dict(model_type="llama", hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+             num_key_value_heads=2, vocab_size=4000, max_position_embeddings=512, pad_token_id=0)
+LENGTH = 64
+
+
+def allocated(train) -> int:
+    "The most bytes that PyTorch had allocated at once on the CPU for tensors that `train` makes."
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: train()
+    events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).cumsum(0)
+    return int(held.max())
+
+
+@pytest.mark.parametrize("tied, batch, accumulate, checkpointing, teacher", [
+    (True, 1, 1, False, ""), (False, 1, 1, False, ""), (True, 16, 1, False, ""), (False, 16, 1, True, ""),
+    (True, 4, 2, False, ""), (True, 1, 1, False, "model")])
+def test_the_model_of_memory_is_near_what_is_allocated(tied, batch, accumulate, checkpointing, teacher, tmp_path):
+    config = AutoConfig.for_model(**SMALL, tie_word_embeddings=tied)
+    config.save_pretrained(tmp_path)
+    ids = torch.randint(3, 4000, (2 * batch * accumulate, LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [dict(id=str(i), input_ids=x, labels=x) for i, x in enumerate(ids)]
+
+    def train():
+        model = AutoModelForCausalLM.from_config(config)
+        goal = Objective.preset("combined" if teacher else "mle")
+        train_in_memory(model, goal, rows, tiny_tokenizer(), 0, teacher=FrozenTeacher(model) if teacher else None,
+                        max_steps=2, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
+                        activation_checkpointing=checkpointing)
+
+    expected = training_bytes(sizes_of(str(tmp_path), 0, LENGTH), batch * LENGTH, accumulate > 1, checkpointing,
+                              teacher=teacher, slice_logits=SLICE_LOGITS)
+    print(f"expected {expected / 1e6:.1f} MB")
+    found = allocated(train)
+    print(f"allocated {found / 1e6:.1f} MB, ratio {expected / found:.3f}")
+    assert expected == pytest.approx(found, rel=.15)
+
+
+def test_a_model_that_is_not_known_here_is_said_to_be(tmp_path):
+    path = tmp_path/"mine.yaml"
+    path.write_text(json.dumps(dict(base="smoke", models={"tiny-llama": dict(spec="someone/unknown", layer=0)})))
+    assert "unknown: connect to the hub" in plan_text(str(path))
+    with pytest.raises(ValueError, match="did you mean 'smoke'"): plan_text("smok")
