@@ -31,6 +31,6 @@ def test_two_processes_train_with_the_configuration_for_ddp(tmp_path):
              "--out", str(tmp_path/"out")]
     call = [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", "uat_repro.cli", *train]
     done = subprocess.run(call, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path/"out/result.json").read_text())["steps"] == 2  # 16 documents, 4 on each of 2 processes

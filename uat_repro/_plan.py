@@ -48,7 +48,7 @@ SIZES = {  # the end of a spec, in lower case, starts with one of these names; f
     "phi-3.5-mini": _sizes("phi3", 3072, 8192, 32, 32, 32, 32_064, pad_token_id=0),
     "smollm2-135m": _sizes("llama", 576, 1536, 30, 9, 3, 49_152, tie_word_embeddings=True),
     "gemma-3-270m": _sizes("gemma3_text", 640, 2048, 18, 4, 1, 262_144, head_dim=256),
-    "qwen2.5-coder-0.5b": _sizes("qwen2", 896, 4864, 24, 14, 2, 151_936, tie_word_embeddings=True),
+    "qwen2.5-coder-0.5b": _sizes("qwen2", 896, 4864, 24, 14, 2, 151_936, tie_word_embeddings=False),
 }
 
 # %% ../nbs/api/17c_plan.ipynb #17c-plan-08
@@ -309,7 +309,8 @@ def plan_text(
     runs = [("runs", "", "expected"), *((e, str(n), about(s)) for e, (n, s) in [*grid.items(), ("together", total)])]
     lines = [f"profile {conf['profile']}", "", *_aligned(runs), "", *_aligned([*_models(conf, gpu)]), "",
              f"disk: {conf['disk_gb']:,.1f} GB, as the profile says, with the hidden states",
-             "expected: seconds of the profile, run after run; trained, judged: tokens, each record at its largest length"]
+             "expected: seconds of the profile, run after run; trained, judged: tokens, each record "
+             "at its largest length"]
     if gpu: lines += [
         f"GPU hours: {_hours(conf, grid)}",
         f"  assumed: an H100 at {SHARE:.0%} of {PEAK / 1e12:.0f} TFLOP/s in bfloat16, which small models do not reach;",

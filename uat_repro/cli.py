@@ -19,7 +19,7 @@ import typer
 # %% ../nbs/api/18_cli.ipynb #18-cli-06
 def _option(type_, *names: str, **how): return Annotated[type_, typer.Option(*names, **how)]
 
-_Dataset = Annotated[str, typer.Argument(help="alpaca, gsm8k, gsm_symbolic, sharegpt, or a file of JSON, CSV or Parquet")]
+_Dataset = Annotated[str, typer.Argument(help="alpaca, gsm8k, gsm_symbolic, sharegpt, or a JSON, CSV or Parquet file")]
 _Model = _option(str, help="Hub id, folder, .gguf file, or a name that doctor lists.")
 _Template = _option(str, help="plain, for base models, or a file of Jinja; the model's own if not given.")
 _Split = _option(str, help="train, validation, test or all")
@@ -78,7 +78,8 @@ def reproduce(
     late = lambda name: importlib.import_module("uat_repro.plots").label(name)  # matplotlib waits until needed
     try:
         with terminable():
-            raise typer.Exit(run_grid(profile, only, dry_run, workdir, cores, data_dir, update, cluster, gpu_runs, label=late))
+            raise typer.Exit(run_grid(profile, only, dry_run, workdir, cores, data_dir, update, cluster, gpu_runs,
+                                      label=late))
     except KeyboardInterrupt as e:
         print("\nstopped: the same command goes on from here", file=sys.stderr)
         raise typer.Exit(143 if isinstance(e, Terminated) else 130)
