@@ -15,7 +15,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from ._files import ENDINGS, file_hash, read_values
+from ._files import ENDINGS, file_hash, files_of, read_values
 
 _log = logging.getLogger(__name__)
 
@@ -164,8 +164,7 @@ _BACKUPS = {"bak", "backup", "old", "orig", "copy", "tmp"}
 def _from_files(name: str, folder: Path) -> dict[str, list[Path]]:
     "The files of a data set in a folder, by the split in their names; empty if there is none."
     parts = {}
-    for path in sorted(folder.glob(f"{name}*")):
-        if not path.name.endswith(ENDINGS): continue
+    for path in files_of(name, folder):
         words = re.findall("[a-z]+", path.name[len(name):].lower())
         if _BACKUPS & {*words}: _log.warning("%s is named like a backup and not read: rename or remove it", path)
         else: parts.setdefault(next((_WORDS[w] for w in words if w in _WORDS), ""), []).append(path)

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 
 import psutil, yaml
-from ._files import ENDINGS
+from ._files import files_of
 from ._verify import discard_altered
 from .results import (AXES, catalogue, check_disk, claim_folder, cost, figures, inside, locked, manifest,
                                notebooks_folder, traceback_of, write_json)
@@ -79,10 +79,6 @@ def _check_profile(profile: dict, name: str) -> None:
     for figure in profile["figures"]: _check_name(figure, ["seconds", *catalogue()["figures"]], f"figures of {name}")
 
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-16
-def _has_file(data_dir: str | Path | None, dataset: str) -> bool:
-    "Whether the user's data folder has a file of a data set."
-    return bool(data_dir) and any(p.name.endswith(ENDINGS) for p in Path(data_dir).glob(f"{dataset}*"))
-
 def load_profile(
     name: str = "cpu",  # a profile of this package, or the path of a `.yaml` file
     data_dir: str | Path | None = None,  # folder of the user's own data
@@ -90,7 +86,7 @@ def load_profile(
     "The parameters of a profile. Raises on an unknown name in it, with the nearest known one."
     profile, stem = {**DEFAULTS, **_sections(name)}, Path(name).stem
     _check_profile(profile, stem)
-    more = {d: p for d, p in profile.pop("datasets_if_available").items() if _has_file(data_dir, d)}
+    more = {d: p for d, p in profile.pop("datasets_if_available").items() if data_dir and files_of(d, data_dir)}
     return dict(profile, datasets={**profile["datasets"], **more}, profile=stem)
 
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-20
