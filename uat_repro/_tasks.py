@@ -134,8 +134,10 @@ def second(reference: str, tokenizer):
 def digest(rows) -> str: return hashlib.sha256("\n".join(rows["id"]).encode()).hexdigest()[:16]
 
 def keep_start(out: Path, start: dict, resume: bool) -> None:
-    "Keep what a training starts with in `out`. Raises where it is to go on from checkpoints of another start."
+    "Keep what a training starts with in `out`. Raises where checkpoints of another start are there."
     file = out / "start.json"
+    if not resume and any(out.glob("checkpoint-*")):
+        raise ValueError(f"{out} holds checkpoints of an earlier start: go on from them by --resume, or give another --out")
     before = read_json(file) if resume and file.exists() else start
     if other := [name for name in start if before.get(name) != start[name]]:
         raise ValueError(f"the checkpoints in {out} were made with other values of {', '.join(other)}: "
