@@ -1,10 +1,12 @@
 """The results that the README quotes are those that are committed, and nothing else is."""
 import json, re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from uat_repro.claims import claims_table, judge_folder, read_claims, read_judged
+from uat_repro.effects import Effect
 from uat_repro.plots import label
 from uat_repro.results import catalogue
 
@@ -34,8 +36,11 @@ def test_claims_of_the_reference_are_those_of_today(reference):
 
 
 def test_readme_quotes_what_the_tables_say():
-    tables = [folder / name for folder in REFERENCES for name in ("claims.md", "figures/t1.md")]
+    tables = [path for folder in REFERENCES for path in (*folder.glob("claims.md"), *folder.glob("figures/t1.md"))]
     told = "".join(path.read_text(encoding="utf-8") for path in tables)
+    for run in (ROOT / "reference").glob("*/runs/why_*.json"):
+        effects = json.loads(run.read_text(encoding="utf-8"))["effects"]
+        told += "".join(f"{Effect(**{f.name: e[f.name] for f in fields(Effect)})}\n" for e in effects)
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("## What came out")[1].split("\n## ")[0]
     quoted = re.findall(r"-?\d+\.\d+ \[-?[\d.]+, -?[\d.]+\]", section)
     assert len(quoted) > len(CLAIMS) and [q for q in quoted if q not in told] == []
