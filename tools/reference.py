@@ -14,6 +14,7 @@ from uat_repro.results import read_about, read_json, result_files, write_json
 def keep(results: Path, reference: Path) -> None:
     "Put what is small of `results` in the place of `reference`."
     shutil.rmtree(reference, ignore_errors=True)
+    reference.mkdir(parents=True)
     if (results / "figures").exists(): shutil.copytree(results / "figures", reference / "figures")
     for name in ("profile.json", "manifest.json"):
         if (results / name).exists(): shutil.copy(results / name, reference)
