@@ -12,7 +12,7 @@ import base64, os, shutil, tarfile, tempfile, time
 from pathlib import Path
 
 from ._verify import altered
-from .results import claim_folder, locked, read_json, result_files, write_json
+from .results import claim_folder, locked, read_json, result_files
 
 # %% ../nbs/api/11b_archive.ipynb #11b-archive-05
 def _folder_in(source: Path, scratch: str) -> Path:
@@ -56,6 +56,7 @@ def import_runs(
         claim_folder(workdir, profile)
         with locked(workdir):
             for run in (Path(f).parent for f in result_files(profile)):
+                if ".." in run.parts: raise ValueError(f"{source} names the run {run}, which lies outside of it")
                 if (workdir / run / "result.json").exists() or not (home / run / "result.json").exists(): continue
                 if wrong := altered(home / run): faults.append(wrong[0].replace(f"{home}/", "")); continue
                 for file in _files(home, run):

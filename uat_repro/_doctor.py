@@ -85,7 +85,7 @@ def _check_machine(folder: str | Path = ".") -> list[Finding]:
     else: gpu = cuda.get_device_name() if cuda.is_available() else ""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     disk, elsewhere = shutil.disk_usage(folder).free / 1e9, "give a --workdir on another disk"
-    return [told("GPU", bool(gpu), gpu or "none", "the paper profile needs one, cpu and smoke do not"),
+    return [told("GPU", bool(gpu), gpu or "none", "the gpu and paper profiles need one, cpu and smoke do not"),
             told("memory", memory > 6, f"{memory:.0f} GB", "the cpu profile needs 6 GB; use --cores 1"),
             told("disk", disk > 5, f"{disk:.0f} GB free", f"the cpu profile needs 5 GB; {elsewhere}"),
             told("processors", True, f"{os.cpu_count()}")]
@@ -114,10 +114,11 @@ def _needs(name: str) -> set[tuple[str, str]]:
     except ImportError: return set()
     profile = load_profile(name)
     specs = [m["spec"] for m in profile["models"].values()]
-    remote = {("hub", "hub"), ("machine", "GPU")} if any("/" in s for s in specs) else set()
-    return {*(("weights", s) for s in specs), *(("data", d) for d in profile["datasets"]), *remote}
+    remote = {("hub", "hub")} if any("/" in s for s in specs) else set()
+    gpu = {("machine", "GPU") for s in profile.values() if isinstance(s, dict) and s.get("resources", {}).get("gpu")}
+    return {*(("weights", s) for s in specs), *(("data", d) for d in profile["datasets"]), *remote, *gpu}
 
 def runnable(found: list[Finding]) -> dict[str, list[str]]:
     "What each profile lacks here; nothing where it can run."
-    needs, lacks = {p: _needs(p) for p in ("smoke", "cpu", "paper")}, [f for f in found if not f.fine]
+    needs, lacks = {p: _needs(p) for p in ("smoke", "cpu", "gpu", "paper")}, [f for f in found if not f.fine]
     return {p: sorted(f.what for f in lacks if f.kind == "package" or (f.kind, f.name) in needs[p]) for p in needs}

@@ -63,7 +63,7 @@ def main(
 # %% ../nbs/api/18_cli.ipynb #18-cli-12
 @app.command()
 def reproduce(
-    profile: _option(str, help="cpu, smoke, paper, or the path of a .yaml file") = "cpu",
+    profile: _option(str, help="cpu, smoke, cpu-full, gpu, paper, or the path of a .yaml file") = "cpu",
     only: _option(list[str] | None, help="A figure, such as fig2a, or claims; may be repeated.") = None,
     dry_run: _option(bool, "--dry-run", help="List the runs, and stop.") = False,
     workdir: _option(Path | None, help="Folder of results; `results` for cpu, else `results-<profile>`.") = None,
@@ -71,7 +71,7 @@ def reproduce(
     data_dir: _DataDir = None,
     update: _option(bool, "--update", help="Bring results of another configuration up to date.") = False,
     cluster: _option(str | None, help="slurm, or the path of a Snakemake profile.") = None,
-    gpu_runs: _option(int, min=1, help="Runs at once on the GPU; more than one suits small models.") = 1,
+    gpu_runs: _option(int, min=1, help="Runs at once on this machine's GPU; several suit small models.") = 1,
 ):
     "Run what is missing, draw the figures, and compare the claims."
     from uat_repro.workflow import Terminated, reproduce as run_grid, terminable
@@ -87,7 +87,7 @@ def reproduce(
 # %% ../nbs/api/18_cli.ipynb #18-cli-57
 @app.command()
 def plan(
-    profile: _option(str, help="cpu, smoke, gpu, paper, or the path of a .yaml file") = "cpu",
+    profile: _option(str, help="cpu, smoke, cpu-full, gpu, paper, or the path of a .yaml file") = "cpu",
     data_dir: _DataDir = None,
 ):
     "Say what a profile would run, and what it takes; nothing is run."
