@@ -1,5 +1,5 @@
 """What the site shows where no run has been made, and in which order."""
-import sys
+import re, sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def docs(monkeypatch):
-    pytest.importorskip("nbdev", reason="the site needs nbdev: pip install nbdev")
+    for package in ("nbdev", "latex2mathml"):
+        pytest.importorskip(package, reason=f"the site needs {package}: pip install {package}")
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     monkeypatch.delitem(sys.modules, "build_docs", raising=False)
     import build_docs
@@ -41,3 +42,15 @@ def test_what_only_another_reference_has_is_shown_from_there(docs, tmp_path):
     page, both = (docs.executed(Path(f"figures/{name}.ipynb"), tmp_path).cells for name in ("e9", "fig2b"))
     assert "](../measured/gpu/figures/e9.png)" in page[1].source
     assert ["cpu" in cell.source for cell in both[1:3]] == [True, False]
+
+
+def test_pages_need_no_other_host(docs, tmp_path):
+    page, style = tmp_path / "a.html", tmp_path / "site_libs/theme.css"
+    style.parent.mkdir()
+    style.write_text("/* */@import url(https://fonts.example/css2?family=A:wght@300;400&display=swap);:root{}")
+    page.write_text(r'<link rel="stylesheet" href="https://cdn.example/k.css"><script src="https://cdn.example/k.js" '
+                    r'defer></script><script src="own.js"></script><span class="math inline">\(a &lt; b\)</span>')
+    docs.without_network(tmp_path)
+    assert style.read_text() == "/* */:root{}"
+    assert "cdn.example" not in page.read_text() and 'src="own.js"' in page.read_text()
+    assert "<mi>a</mi><mo>&#x0003C;</mo><mi>b</mi>" in page.read_text() and r"\(" not in page.read_text()

@@ -2,12 +2,13 @@
 
     python tools/build_docs.py [--results results] [--renderer smalldocs|quarto]
 """
-import argparse, os, re, shutil, subprocess, sys
+import argparse, html, os, re, shutil, subprocess, sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import nbformat, yaml
 from fastcore.nbio import read_nb, write_nb
+from latex2mathml.converter import convert
 from nbclient import NotebookClient
 from nbdev.config import get_config
 from nbdev.processors import FilterDefaults, exec_show_docs
@@ -128,6 +129,25 @@ def stage(page: Path, node: nbformat.NotebookNode) -> None:
     write_nb(nb, out)
 
 
+FORMULA = re.compile(r'(<span class="math (?:inline|display)">)\\([(\[])(.*?)\\[)\]]</span>', re.S)
+FOREIGN = re.compile(r'<link rel="stylesheet" href="https?:[^>]*>|<script src="https?:[^>]*></script>')
+
+
+def mathml(formula: re.Match) -> str:
+    "A formula that a script would typeset, as MathML, which browsers typeset themselves."
+    display = "block" if formula[2] == "[" else "inline"
+    return f"{formula[1]}{convert(html.unescape(formula[3]), display=display)}</span>"
+
+
+def without_network(site: Path) -> None:
+    "Leave nothing in the pages that is loaded from another host: scripts for formulas, and fonts of the theme."
+    for path in (*site.rglob("*.html"), *site.rglob("*.css")):
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".css": text = re.sub(r"@import url\(https?:[^)]*\);?", "", text)
+        else: text = FOREIGN.sub("", FORMULA.sub(mathml, text))
+        path.write_text(text, encoding="utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of results")
@@ -147,6 +167,7 @@ def main() -> int:
                  quarto=[["quarto", "render", STAGE, "--no-execute"]])
     for step in steps[args.renderer]:
         if status := subprocess.run(step).returncode: return status
+    without_network(STAGE / "_docs")
     shutil.move(STAGE / "_docs", ROOT / "_docs")
     print("the site is in _docs/index.html")
     return 0
