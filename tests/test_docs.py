@@ -44,6 +44,19 @@ def test_what_only_another_reference_has_is_shown_from_there(docs, tmp_path):
     assert ["cpu" in cell.source for cell in both[1:3]] == [True, False]
 
 
+def test_what_a_docstring_calls_its_page_is_there(docs, tmp_path):
+    for page in docs.notebooks():
+        for path in (tmp_path / page.with_suffix(".llms.md"), tmp_path / page.with_suffix(".html")):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("whole")
+    docs.addresses(tmp_path)
+    modules = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "uat_repro").glob("*.py"))
+    named = re.findall(r"^Docs: https://uat-repro.github.io/uat-repro/(\S+?)\.md", modules, re.M)
+    assert len(named) > 20 and all((tmp_path / f"{page}.md").read_text() == "whole" for page in named)
+    assert 'href="01_tokens.html"' in (tmp_path / "api/tokens.html").read_text()
+    assert (tmp_path / "figures/fig1.html").read_text() == "whole"
+
+
 def test_pages_need_no_other_host(docs, tmp_path):
     page, style = tmp_path / "a.html", tmp_path / "site_libs/theme.css"
     style.parent.mkdir()

@@ -10,7 +10,7 @@ import nbformat, yaml
 from fastcore.nbio import read_nb, write_nb
 from latex2mathml.converter import convert
 from nbclient import NotebookClient
-from nbdev.config import get_config
+from nbdev.config import get_config, nbpath2html
 from nbdev.processors import FilterDefaults, exec_show_docs
 
 from uat_repro.results import catalogue, folder_of, read_json, runs_of
@@ -148,6 +148,18 @@ def without_network(site: Path) -> None:
         path.write_text(text, encoding="utf-8")
 
 
+def addresses(site: Path) -> None:
+    "Where docstrings and nbdev's index say that a page is, `api/tokens.html` for `01_tokens`: its text, and a way on."
+    for page in notebooks():
+        named = site / nbpath2html(page)
+        shutil.copy(site / page.with_suffix(".llms.md"), f"{named}.md")
+        if named.exists(): continue
+        target = page.with_suffix(".html").name
+        named.write_text(f'<!doctype html><meta charset="utf-8"><meta name="robots" content="noindex">'
+                         f'<script>location.replace("{target}" + location.hash)</script>'
+                         f'<a href="{target}">{target}</a>', encoding="utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of results")
@@ -168,6 +180,7 @@ def main() -> int:
     for step in steps[args.renderer]:
         if status := subprocess.run(step).returncode: return status
     without_network(STAGE / "_docs")
+    addresses(STAGE / "_docs")
     shutil.move(STAGE / "_docs", ROOT / "_docs")
     print("the site is in _docs/index.html")
     return 0
