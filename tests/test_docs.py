@@ -67,3 +67,9 @@ def test_pages_need_no_other_host(docs, tmp_path):
     assert style.read_text() == "/* */:root{}"
     assert "cdn.example" not in page.read_text() and 'src="own.js"' in page.read_text()
     assert "<mi>a</mi><mo>&#x0003C;</mo><mi>b</mi>" in page.read_text() and r"\(" not in page.read_text()
+
+
+def test_the_menu_has_the_claims_before_all_but_the_first_page(docs):
+    contents = docs.yaml.safe_load(docs.site_configuration())["website"]["sidebar"]["contents"]
+    assert contents[0] == "index.ipynb" and contents[1]["section"] == "Claims"
+    assert [part["section"] for part in contents[2:4]] == ["Figures of the paper", "Extended figures"]
