@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def docs(monkeypatch):
-    for package in ("nbdev", "latex2mathml"):
+    for package in ("nbdev", "latex2mathml", "ziamath"):
         pytest.importorskip(package, reason=f"the site needs {package}: pip install {package}")
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     monkeypatch.delitem(sys.modules, "build_docs", raising=False)
@@ -62,11 +62,13 @@ def test_pages_need_no_other_host(docs, tmp_path):
     style.parent.mkdir()
     style.write_text("/* */@import url(https://fonts.example/css2?family=A:wght@300;400&display=swap);:root{}")
     page.write_text(r'<link rel="stylesheet" href="https://cdn.example/k.css"><script src="https://cdn.example/k.js" '
-                    r'defer></script><script src="own.js"></script><span class="math inline">\(a &lt; b\)</span>')
+                    r'defer></script><script src="own.js"></script><span class="math inline">\(a &lt; b\)</span>'
+                    r'<span class="math display">\[\underbrace{\sum_a b}_{c}\]</span>')
     docs.without_network(tmp_path)
     assert style.read_text() == "/* */:root{}"
     assert "cdn.example" not in page.read_text() and 'src="own.js"' in page.read_text()
     assert "<mi>a</mi><mo>&#x0003C;</mo><mi>b</mi>" in page.read_text() and r"\(" not in page.read_text()
+    assert "<munder><mo>&#x02211;</mo><mi>a</mi></munder>" in page.read_text() and len(list(tmp_path.glob("*.ttf"))) == 1
 
 
 def test_the_menu_has_the_claims_before_all_but_the_first_page(docs):

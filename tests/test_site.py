@@ -52,7 +52,7 @@ const search = async text => {
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     "A few pages, by the steps of `make docs` but for the notebooks that it runs."
-    for package in ("nbdev", "smalldocs", "latex2mathml"):
+    for package in ("nbdev", "smalldocs", "latex2mathml", "ziamath"):
         pytest.importorskip(package, reason=f"the site needs {package}: pip install -e '.[dev]'")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "tools"))

@@ -4,6 +4,7 @@
 """
 import argparse, html, os, re, shutil, subprocess, sys
 from concurrent.futures import ProcessPoolExecutor
+from importlib.resources import files
 from pathlib import Path
 
 import nbformat, yaml
@@ -135,12 +136,14 @@ FOREIGN = re.compile(r'<link rel="stylesheet" href="https?:[^>]*>|<script src="h
 
 def mathml(formula: re.Match) -> str:
     "A formula that a script would typeset, as MathML, which browsers typeset themselves."
-    display = "block" if formula[2] == "[" else "inline"
-    return f"{formula[1]}{convert(html.unescape(formula[3]), display=display)}</span>"
+    display, tex = "block" if formula[2] == "[" else "inline", html.unescape(formula[3])
+    if display == "block": tex = re.sub(r"\\sum(?![a-z])", r"\\sum\\limits", tex)  # inside of braces too
+    return f"{formula[1]}{convert(tex, display=display)}</span>"
 
 
 def without_network(site: Path) -> None:
     "Leave nothing in the pages that is loaded from another host: scripts for formulas, and fonts of the theme."
+    shutil.copy(files("ziamath") / "fonts/STIXTwoMath-Regular.ttf", site)  # where a machine has no font for formulas
     for path in (*site.rglob("*.html"), *site.rglob("*.css")):
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".css": text = re.sub(r"@import url\(https?:[^)]*\);?", "", text)
