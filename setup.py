@@ -23,7 +23,7 @@ setup(
                  *(f"Programming Language :: Python :: {v}" for v in cfg["pythons"].split()),
                  "Topic :: Scientific/Engineering :: Artificial Intelligence"],
     packages=find_packages(include=["uat_repro", "uat_repro.*"]),
-    package_data={"uat_repro": ["py.typed", "claims.yaml", "page.html", "workflow/Snakefile", "workflow/catalogue.yaml",
+    package_data={"uat_repro": ["py.typed", "__init__.pyi", "claims.yaml", "page.html", "workflow/Snakefile", "workflow/catalogue.yaml",
                                 "workflow/profiles/*.yaml", "workflow/clusters/*/config.yaml",
                                 "workflow/accelerate/*.yaml"]},
     python_requires=">=" + cfg["min_python"],

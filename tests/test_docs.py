@@ -1,5 +1,5 @@
 """What the site shows where no run has been made, and in which order."""
-import sys
+import re, sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def docs(monkeypatch):
-    pytest.importorskip("nbdev", reason="the site needs nbdev: pip install nbdev")
+    for package in ("nbdev", "latex2mathml", "ziamath"):
+        pytest.importorskip(package, reason=f"the site needs {package}: pip install {package}")
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     monkeypatch.delitem(sys.modules, "build_docs", raising=False)
     import build_docs
@@ -41,3 +42,36 @@ def test_what_only_another_reference_has_is_shown_from_there(docs, tmp_path):
     page, both = (docs.executed(Path(f"figures/{name}.ipynb"), tmp_path).cells for name in ("e9", "fig2b"))
     assert "](../measured/gpu/figures/e9.png)" in page[1].source
     assert ["cpu" in cell.source for cell in both[1:3]] == [True, False]
+
+
+def test_what_a_docstring_calls_its_page_is_there(docs, tmp_path):
+    for page in docs.notebooks():
+        for path in (tmp_path / page.with_suffix(".llms.md"), tmp_path / page.with_suffix(".html")):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("whole")
+    docs.addresses(tmp_path)
+    modules = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "uat_repro").glob("*.py"))
+    named = re.findall(r"^Docs: https://uat-repro.github.io/uat-repro/(\S+?)\.md", modules, re.M)
+    assert len(named) > 20 and all((tmp_path / f"{page}.md").read_text() == "whole" for page in named)
+    assert 'href="01_tokens.html"' in (tmp_path / "api/tokens.html").read_text()
+    assert (tmp_path / "figures/fig1.html").read_text() == "whole"
+
+
+def test_pages_need_no_other_host(docs, tmp_path):
+    page, style = tmp_path / "a.html", tmp_path / "site_libs/theme.css"
+    style.parent.mkdir()
+    style.write_text("/* */@import url(https://fonts.example/css2?family=A:wght@300;400&display=swap);:root{}")
+    page.write_text(r'<link rel="stylesheet" href="https://cdn.example/k.css"><script src="https://cdn.example/k.js" '
+                    r'defer></script><script src="own.js"></script><span class="math inline">\(a &lt; b\)</span>'
+                    r'<span class="math display">\[\underbrace{\sum_a b}_{c}\]</span>')
+    docs.without_network(tmp_path)
+    assert style.read_text() == "/* */:root{}"
+    assert "cdn.example" not in page.read_text() and 'src="own.js"' in page.read_text()
+    assert "<mi>a</mi><mo>&#x0003C;</mo><mi>b</mi>" in page.read_text() and r"\(" not in page.read_text()
+    assert "<munder><mo>&#x02211;</mo><mi>a</mi></munder>" in page.read_text() and len(list(tmp_path.glob("*.ttf"))) == 1
+
+
+def test_the_menu_has_the_claims_before_all_but_the_first_page(docs):
+    contents = docs.yaml.safe_load(docs.site_configuration())["website"]["sidebar"]["contents"]
+    assert contents[0] == "index.ipynb" and contents[1]["section"] == "Claims"
+    assert [part["section"] for part in contents[2:4]] == ["Figures of the paper", "Extended figures"]

@@ -1,11 +1,11 @@
-"""The Trainer: one result however a step is cut, in one process or two, with checkpoints, and in TRL."""
+"""The Trainer: one result however a step is cut, in one process or two, with checkpoints; the loss in a plain one."""
 import gc, json, os
 
 import pytest, torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from examples import flat_grad, rows, tokenizer
 from uat_repro.tokens import Collator
@@ -126,16 +126,12 @@ def test_a_rank_without_response_tokens_takes_part(tmp_path):
     two_processes(lonely, tmp_path/"store")
 
 
-def test_trl_takes_the_loss_function(tmp_path):
-    trl = pytest.importorskip("trl", reason="TRL is an optional companion: pip install trl")
-    from datasets import Dataset
-    args = trl.SFTConfig(
-        str(tmp_path), max_steps=2, per_device_train_batch_size=6, learning_rate=1e-2,
-        report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1,
-        dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, bf16=False)
-    dataset = Dataset.from_list([{k: r[k] for k in ("input_ids", "labels")} for r in rows()])
-    trainer = trl.SFTTrainer(tiny_model(), args, train_dataset=dataset, processing_class=tokenizer,
-                             data_collator=Collator(tokenizer), compute_loss_func=as_compute_loss_func(Objective()))
+def test_a_plain_trainer_takes_the_loss_function(tmp_path):
+    args = TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=6, learning_rate=1e-2, remove_unused_columns=False,
+        report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1)
+    trainer = Trainer(tiny_model(), args, train_dataset=rows(), data_collator=Collator(tokenizer),
+                      compute_loss_func=as_compute_loss_func(Objective()))
     trainer.train()
     losses = [r["loss"] for r in trainer.state.log_history if "loss" in r]
     plain = Objective.preset("mle")(tiny_model(), collate(rows())).loss.item()

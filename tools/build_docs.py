@@ -2,14 +2,16 @@
 
     python tools/build_docs.py [--results results] [--renderer smalldocs|quarto]
 """
-import argparse, os, re, shutil, subprocess, sys
+import argparse, html, os, re, shutil, subprocess, sys
 from concurrent.futures import ProcessPoolExecutor
+from importlib.resources import files
 from pathlib import Path
 
 import nbformat, yaml
 from fastcore.nbio import read_nb, write_nb
+from latex2mathml.converter import convert
 from nbclient import NotebookClient
-from nbdev.config import get_config
+from nbdev.config import get_config, nbpath2html
 from nbdev.processors import FilterDefaults, exec_show_docs
 
 from uat_repro.results import catalogue, folder_of, read_json, runs_of
@@ -128,6 +130,39 @@ def stage(page: Path, node: nbformat.NotebookNode) -> None:
     write_nb(nb, out)
 
 
+FORMULA = re.compile(r'(<span class="math (?:inline|display)">)\\([(\[])(.*?)\\[)\]]</span>', re.S)
+FOREIGN = re.compile(r'<link rel="stylesheet" href="https?:[^>]*>|<script src="https?:[^>]*></script>')
+
+
+def mathml(formula: re.Match) -> str:
+    "A formula that a script would typeset, as MathML, which browsers typeset themselves."
+    display, tex = "block" if formula[2] == "[" else "inline", html.unescape(formula[3])
+    if display == "block": tex = re.sub(r"\\sum(?![a-z])", r"\\sum\\limits", tex)  # inside of braces too
+    return f"{formula[1]}{convert(tex, display=display)}</span>"
+
+
+def without_network(site: Path) -> None:
+    "Leave nothing in the pages that is loaded from another host: scripts for formulas, and fonts of the theme."
+    shutil.copy(files("ziamath") / "fonts/STIXTwoMath-Regular.ttf", site)  # where a machine has no font for formulas
+    for path in (*site.rglob("*.html"), *site.rglob("*.css")):
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".css": text = re.sub(r"@import url\(https?:[^)]*\);?", "", text)
+        else: text = FOREIGN.sub("", FORMULA.sub(mathml, text))
+        path.write_text(text, encoding="utf-8")
+
+
+def addresses(site: Path) -> None:
+    "Where docstrings and nbdev's index say that a page is, `api/tokens.html` for `01_tokens`: its text, and a way on."
+    for page in notebooks():
+        named = site / nbpath2html(page)
+        shutil.copy(site / page.with_suffix(".llms.md"), f"{named}.md")
+        if named.exists(): continue
+        target = page.with_suffix(".html").name
+        named.write_text(f'<!doctype html><meta charset="utf-8"><meta name="robots" content="noindex">'
+                         f'<script>location.replace("{target}" + location.hash)</script>'
+                         f'<a href="{target}">{target}</a>', encoding="utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of results")
@@ -141,12 +176,15 @@ def main() -> int:
         library = {page: pool.submit(run, page) for page in notebooks() if page.parts[0] in ("api", "benchmarks.ipynb", "contributing.ipynb")}
     for page in notebooks(): stage(page, library[page].result() if page in library else executed(page, results))
     if (ROOT / "reference").exists(): shutil.copytree(ROOT / "reference", STAGE / "measured")
+    shutil.copy(ROOT / "tools/site.css", STAGE)
     (STAGE / "_quarto.yml").write_text(site_configuration(), encoding="utf-8")
     smalldocs = str(Path(sys.executable).with_name("smalldocs"))
     steps = dict(smalldocs=[[smalldocs, *step] for step in (["api", "build", "--dir", STAGE], ["render", STAGE, "--strict"], ["check", STAGE])],
                  quarto=[["quarto", "render", STAGE, "--no-execute"]])
     for step in steps[args.renderer]:
         if status := subprocess.run(step).returncode: return status
+    without_network(STAGE / "_docs")
+    addresses(STAGE / "_docs")
     shutil.move(STAGE / "_docs", ROOT / "_docs")
     print("the site is in _docs/index.html")
     return 0

@@ -11,7 +11,7 @@ __all__ = ['PART_TOKENS', 'PART_RECORDS', 'PART', 'record_key', 'cache_identity'
 # %% ../nbs/api/04_cache.ipynb #04-cache-03
 import hashlib, json, os, warnings
 from pathlib import Path
-from typing import Callable, Mapping, Sequence
+from typing import Callable, ClassVar, Mapping, Sequence
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -148,6 +148,9 @@ def _places(parts: list[list[int]], lengths: list[int]) -> dict[int, tuple[int, 
 # %% ../nbs/api/04_cache.ipynb #04-cache-36
 class HiddenCache:
     "Hidden states by record: `cache[i]` is a tensor (T, H)."
+    build: ClassVar[Callable[..., "HiddenCache"]]  # this and the next are added below
+    states_of: Callable[[Mapping], Tensor]
+
     def __init__(
         self,
         path: str | Path,  # folder made by `build`

@@ -9,7 +9,7 @@ __all__ = ['TokenLog', 'ObjectiveMixin', 'UncertaintyAwareTrainer', 'AtSteps', '
 
 # %% ../nbs/api/09_training.ipynb #09-training-03
 import json, math, os, tempfile, time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -96,7 +96,7 @@ class TokenLog(TrainerCallback):
 
     def on_train_begin(self, *args, **kwargs): self.last = math.inf
 
-    def __call__(self, step: int, batch, out: ObjectiveOutput) -> None:
+    def __call__(self, step: int, batch: Mapping, out: ObjectiveOutput) -> None:
         "Add one micro-batch of `step`, if that step is to be recorded. All ranks call it."
         if step < self.last: self.frames = [f[f["step"] < step] for f in self.frames]  # a resumed run repeats these
         self.last = step
