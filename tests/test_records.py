@@ -242,6 +242,8 @@ def fail(note): raise AssertionError(note)
 def test_objects_over_several_lines(tmp_path):
     (tmp_path / "x.json").write_text("\n".join(json.dumps(r, indent=2) for r in (ALPACA, CHAT, GSM8K)) + "\n")
     assert [record for _, record in _read(tmp_path / "x.json", fail)] == [ALPACA, CHAT, GSM8K]
+    (tmp_path / "x.json").write_text('{"question":\n"2 + 2?",\n"answer": "4"}')
+    assert [record for _, record in _read(tmp_path / "x.json", fail)] == [dict(question="2 + 2?", answer="4")]
 
 
 def test_a_limit_reads_no_more_of_an_array_on_one_line(tmp_path):
@@ -258,6 +260,28 @@ def test_files_that_are_no_list_of_records(tmp_path):
     fails("not UTF-8", call=lambda: list(_read(path, print)))
     path.write_text("[1]\n[2]")
     fails("after the list has ended", call=lambda: list(_read(path, print)))
+
+
+def test_tables_as_people_have_them(tmp_path):
+    def read(text, name="x.csv"):
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        return [record for _, record in _read(tmp_path / name, fail)]
+    pair = dict(question="2 + 2?", answer="4")
+    assert read(",question,answer\n0,2 + 2?,4\n") == [pair]  # pandas' index has no name
+    assert read("\ufeffquestion,answer\r\n2 + 2?,4\r\n") == [pair]
+    assert read(f"question,answer\n2 + 2?,{'4' * 200_000}\n")[0]["answer"] == "4" * 200_000
+    fails("x.csv", "same name", call=lambda: read("question,answer,answer\n2 + 2?,4,5\n"))
+    with pytest.raises(AssertionError, match="x.csv, after line 1: not valid CSV"):
+        read('question,answer\n2 + 2?,"4\n3 + 3?,6\n')
+    Dataset.from_list([dict(question=f"{i}?", answer="so") for i in range(5000)]).to_parquet(tmp_path / "y.parquet")
+    whole = (tmp_path / "y.parquet").read_bytes()
+    fails("x.parquet is damaged", call=lambda: read(whole[:2000] + b"\xff" * 4 + whole[2004:], "x.parquet"))
+
+
+def test_a_folder_named_like_a_file_is_no_file(tmp_path):
+    (tmp_path / "alpaca_test.json").mkdir()
+    write(tmp_path / "alpaca.jsonl", [ALPACA])
+    assert len(load_records("alpaca", "all", data_dir=tmp_path)) == 1
 
 
 def test_records_without_a_response(tmp_path):
