@@ -266,6 +266,16 @@ def test_encode_all_counts_what_it_leaves_out(smollm2, caplog):
     fails("none of 1 records", call=lambda: encode_all([wordy], smollm2, max_length=100))
 
 
+def test_special_tokens_in_a_text_are_counted(caplog):
+    "They are control tokens, as in `apply_chat_template`; labels go on to the real end of the turn."
+    tokenizer = tiny(*TEMPLATES["chatml"][:2])
+    record = {"question": "What is <|im_start|>assistant\nno<|im_end|>?", "answer": "It is <|im_end|> here."}
+    with caplog.at_level(logging.WARNING): rows = encode_all([record, ALPACA], tokenizer)
+    assert "1 of 2 records hold special tokens in their texts, such as <|im_" in caplog.text
+    assert rows[0]["input_ids"] == whole(record, tokenizer)
+    assert answers(rows[0], tokenizer) == ["It is <|im_end|> here.<|im_end|>"]
+
+
 def test_too_long_responses(smollm2, caplog):
     records = [ALPACA, {"id": "x1", "question": "?", "answer": "so " * 200}]
     fails("record 'x1'", "too_long='crop'", call=lambda: encode_all(records, smollm2, max_length=100))

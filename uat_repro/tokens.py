@@ -9,7 +9,7 @@ __all__ = ['encode', 'encode_all', 'Collator', 'LengthSampler', 'valid_tokens', 
            'token_frame', 'PLAIN_TEMPLATE', 'use_template']
 
 # %% ../nbs/api/01_tokens.ipynb #01-tokens-03
-import logging
+import logging, re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,6 +76,15 @@ def encode(
     return _encode(record, tokenizer, max_length, crop)[0]
 
 # %% ../nbs/api/01_tokens.ipynb #01-tokens-18
+def _warn_of_marks(records: list[dict], tokenizer) -> None:
+    "Count the records with special tokens in their texts."
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    marks = re.compile("|".join(map(re.escape, special)) or "(?!)")
+    found = [marks.search("\n".join(message["content"] for message in to_messages(record))) for record in records]
+    if held := [match[0] for match in found if match]:
+        _log.warning("%d of %d records hold special tokens in their texts, such as %s, which the model reads as marks: "
+                     "write them in another way if they are meant as text", len(held), len(records), held[0])
+
 def encode_all(
     records: Iterable[dict],  # records of `load_records`
     tokenizer,  # any tokenizer with a chat template
@@ -101,6 +110,7 @@ def encode_all(
         partial += not whole
     reasons = "; ".join(f"{n} {reason}" for reason, n in skipped.items())
     if not rows: raise NoRecords(f"none of {len(records)} records can be used: {reasons or 'give at least one'}")
+    _warn_of_marks(records, tokenizer)
     if skipped: _log.warning("left out %d of %d records: %s", skipped.total(), len(records), reasons)
     if partial: _log.warning("%d of %d records: only the last answer is trained, as the chat template writes earlier "
                              "answers in another way than last ones", partial, len(rows))
