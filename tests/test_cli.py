@@ -130,3 +130,36 @@ def test_no_text_of_a_record_reaches_the_terminal_or_the_page_as_it_is(tmp_path,
     assert "\x1b" not in out + page and "records of largest mean loss" in out
     assert "2 of the 2 records of largest loss begin alike: '</script><img" in out
     assert page.count("</script>") == 2 and "<img" not in page
+
+
+def sums(path, count=40):
+    "A file of so many little sums."
+    path.write_text("\n".join(json.dumps(dict(question=f"{i} + {i}?", answer=f"{2 * i}")) for i in range(count)))
+
+
+def test_what_is_typed_wins_over_a_file_of_arguments(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sums(tmp_path / "sums.jsonl", 4)
+    asked = []
+    monkeypatch.setattr(_tasks, "run_training", asked.append)
+    (tmp_path / "mine.yaml").write_text("dataset: sums.jsonl\nlearning-rate: 1e-5\nepochs: 3\nlora: true\n")
+    assert cli.main(["train", "--config", "mine.yaml", "--epochs", "2", "--out", "new"]) == 0
+    assert (asked[0].dataset, asked[0].learning_rate, asked[0].epochs, asked[0].lora) == ("sums.jsonl", 1e-5, 2., True)
+    _tasks.keep_config(asked[0])
+    assert cli.main(["train", "--config", "new/config.yaml", "--out", "other"]) == 0
+    assert {name for name, value in vars(asked[1]).items() if value != vars(asked[0])[name]} == {"config", "out"}
+    assert str(tmp_path) not in (tmp_path / "new/config.yaml").read_text()
+
+
+@pytest.mark.parametrize("text, status, said", [
+    ("learning_rat: 1", 1, "mine.yaml has 'learning_rat': did you mean 'learning_rate'?"),
+    ("config: other.yaml", 1, "mine.yaml has 'config'"),
+    ("epochs: many", 2, "--epochs"),
+    ("batch_size: 0", 2, "--batch-size"),
+    ("- epochs", 1, "holds a list"),
+    ("{", 1, "no valid YAML")])
+def test_a_file_of_arguments_is_checked_like_the_command_line(text, status, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(text)
+    assert cli.main(["train", "gsm8k", "--config", "mine.yaml"]) == status
+    assert said in capsys.readouterr().err

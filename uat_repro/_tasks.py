@@ -6,23 +6,25 @@ Docs: https://uat-repro.github.io/uat-repro/api/tasks.html.md"""
 
 # %% auto #0
 __all__ = ['load', 'read_rows', 'mark_selected', 'write_scores', 'least_sure', 'kind_of', 'selected_kinds', 'alike', 'harm',
-           'train_model', 'sides', 'second', 'digest', 'keep_start', 'keep_run']
+           'train_model', 'sides', 'second', 'digest', 'keep_start', 'keep_run', 'keep_config', 'trainer_arguments',
+           'run_training']
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-03
-import hashlib, math, re, sys
+import hashlib, math, re, sys, time
+from dataclasses import asdict
 from pathlib import Path
 
-import pandas as pd
+import pandas as pd, yaml
 from accelerate import PartialState
 from transformers import PrinterCallback, TrainingArguments
 
 from .distillation import AdapterTeacher, FrozenTeacher
 from .masking import count_kept
-from .models import add_lora, load_model
+from .models import add_lora, load_model, weights_hash
 from .objective import Objective
 from .page import token_page
 from .records import NoRecords, load_records
-from .results import cost, read_json, write_frame, write_json, write_whole
+from .results import cost, manifest, read_json, write_frame, write_json, write_whole
 from .tokens import encode_all, use_template
 from .training import UncertaintyAwareTrainer
 
@@ -155,3 +157,40 @@ def keep_run(out: Path, trainer, losses: tuple, about: dict, began: float) -> No
     write_json(out / "cost.json", cost(began))
     moved = "nothing held out" if before is None else f"validation loss {before:.3f} -> {after:.3f} nats per token"
     print(f"{moved} after {steps} steps: {out / 'model'}")
+
+# %% ../nbs/api/18b_tasks.ipynb #18b-tasks-35
+_HERE = {"config", "out", "data_dir", "resume"}  # arguments of `train` that say nothing about a run
+
+def keep_config(asked) -> None:
+    "Write the arguments of `train` to `config.yaml`, those with a default as well."
+    kept = {name: value for name, value in asdict(asked).items() if name not in _HERE and value is not None}
+    if PartialState().is_main_process: write_whole(asked.out / "config.yaml", yaml.safe_dump(kept, sort_keys=False))
+
+# %% ../nbs/api/18b_tasks.ipynb #18b-tasks-38
+def trainer_arguments(asked) -> dict:
+    "The arguments of `train` that are transformers' own, by their names there."
+    often = dict(save_strategy="steps", save_steps=asked.checkpoint_every) if asked.checkpoint_every else {}
+    return often | dict(
+        output_dir=str(asked.out), num_train_epochs=asked.epochs, seed=asked.seed, learning_rate=asked.learning_rate,
+        per_device_train_batch_size=asked.batch_size, per_device_eval_batch_size=asked.batch_size,
+        gradient_accumulation_steps=asked.accumulate, report_to=asked.report_to)
+
+# %% ../nbs/api/18b_tasks.ipynb #18b-tasks-40
+def run_training(asked) -> None:
+    "Load, read, train and keep, as the arguments of `train` say."
+    Objective.preset(asked.objective)  # a misspelt name is told before anything is loaded
+    began, (network, tokenizer) = time.time(), load(asked.model, asked.chat_template)
+    def read(part, limit):
+        return read_rows(asked.dataset, part, limit, asked.data_dir, asked.on_error, tokenizer, asked.max_length)
+    rows, held_out = sides(read, asked.documents)
+    name, spec, reference = Path(asked.dataset).stem, Path(asked.model).name, asked.reference
+    other = reference and second(reference, tokenizer)
+    made = manifest(asked.seed, {name: digest(rows)}, {spec: weights_hash(network)})
+    about = dict(dataset=name, model=spec, objective=asked.objective, documents=len(rows), manifest=made)
+    start = dict(data=made["data"], weights=made["weights"], objective=asked.objective, lora=asked.lora,
+                 seed=asked.seed, reference=reference and Path(reference).name)
+    keep_start(asked.out, start, asked.resume)
+    keep_config(asked)
+    trained = train_model(network, tokenizer, rows, held_out, asked.objective, asked.lora, other, asked.resume,
+                          **trainer_arguments(asked))
+    keep_run(asked.out, *trained, about, began)

@@ -264,6 +264,7 @@ class ObjectiveOutput(NamedTuple):
     selected: Tensor  # (B, T) bool, M
     token_loss: Tensor  # (B, T) predictive loss, NaN where not valid
     token_entropy: Tensor  # (B, T) predictive entropy, NaN where not valid
+    token_correct: Tensor  # (B, T) bool: the most likely token is the target; False where not valid
 
 # %% ../nbs/api/08_objective.ipynb #08-objective-47
 class Objective(Settings):
@@ -297,7 +298,8 @@ class Objective(Settings):
                                       self.distill_weight * per_distilled * distilled, *second, self.temperature, log_z)
         mle, distill = (weights * losses).sum() / selected.sum().clamp(min=1), kl.sum() / distilled.sum().clamp(min=1)
         tokens = (layout.spread(x) for x in (scored.scores.loss, scored.scores.entropy))
-        return ObjectiveOutput(loss, mle, distill, layout.spread(selected) == 1, *tokens)
+        chosen, correct = (layout.spread(x) == 1 for x in (selected, scored.scores.correct))
+        return ObjectiveOutput(loss, mle, distill, chosen, *tokens, correct)
 
 # %% ../nbs/api/08_objective.ipynb #08-objective-65
 def _check_step(o: Settings, tokens: int, num_items: Tensor | int | None) -> None:
