@@ -12,7 +12,8 @@ _MODULES = {
     "uncertainty": ("Decomposition", "Ensemble", "MCDropout", "TokenUncertainty", "decompose", "score_tokens"),
     "masking": ("select_tokens",),
     "distillation": ("AdapterTeacher", "CachedTeacher", "FrozenTeacher"),
-    "objective": ("METRICS", "WEIGHTS", "Metric", "Objective", "ObjectiveOutput", "Weight", "as_compute_loss_func"),
+    "objective": ("METRICS", "WEIGHTS", "Metric", "Objective", "ObjectiveOutput", "Weight"),
+    "compute_loss": ("as_compute_loss_func",),
     "training": ("AtSteps", "TokenLog", "UncertaintyAwareTrainer"),
     "evaluation": ("evaluate", "measure_baseline"),
 }

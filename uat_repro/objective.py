@@ -6,7 +6,7 @@ Docs: https://uat-repro.github.io/uat-repro/api/objective.html.md"""
 
 # %% auto #0
 __all__ = ['NEEDS', 'METRICS', 'WEIGHTS', 'PRESETS', 'Scored', 'Rule', 'Metric', 'top_entropy', 'Weight', 'Settings',
-           'ObjectiveOutput', 'Objective', 'as_compute_loss_func']
+           'ObjectiveOutput', 'Objective']
 
 # %% ../nbs/api/08_objective.ipynb #08-objective-03
 import difflib, math
@@ -18,10 +18,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .distillation import matching_head
-from .head import TokenScores, map_tokens, scores_of, token_loss, token_scores
+from .head import TokenScores, map_tokens, token_loss, token_scores
 from .masking import beyond, check_selection, count_kept, select_among
 from .models import Head, eval_mode, has_dropout, head_of, hidden_states
 from .tokens import Layout, lay_out
@@ -300,50 +299,3 @@ class Objective(Settings):
         tokens = (layout.spread(x) for x in (scored.scores.loss, scored.scores.entropy))
         chosen, correct = (layout.spread(x) == 1 for x in (selected, scored.scores.correct))
         return ObjectiveOutput(loss, mle, distill, chosen, *tokens, correct)
-
-# %% ../nbs/api/08_objective.ipynb #08-objective-65
-def _check_step(o: Settings, tokens: int, num_items: Tensor | int | None) -> None:
-    "Raise a `ValueError` unless the divisor of a step is known from this batch of so many response tokens."
-    said = torch.as_tensor(tokens if num_items is None else num_items)
-    if said.numel() > 1:
-        raise ValueError(f"the batch is split over {said.numel()} GPUs of one process, which scales the loss wrongly: "
-                         "set CUDA_VISIBLE_DEVICES to one, or start with `accelerate launch`")
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    if o.selects and (several or said != tokens):
-        raise ValueError(f"this batch has {tokens} response tokens of a step that has more, and a compute_loss_func "
-                         "cannot know how many of those are selected: use UncertaintyAwareTrainer, or one device with "
-                         "gradient_accumulation_steps=1")
-
-# %% ../nbs/api/08_objective.ipynb #08-objective-66
-class _Given(NamedTuple):
-    "An output layer for states that are logits already."
-    weight: Tensor  # (V, N): only its length is read
-
-    def logits(self, hidden: Tensor) -> Tensor: return hidden
-
-def _check_logits(o: Settings) -> None:
-    "Raise a `ValueError` if logits and labels are not enough for an objective."
-    if o.needs_teacher or "posterior" in o.needs:
-        raise ValueError("logits have neither teacher nor posterior: use UncertaintyAwareTrainer for this objective")
-    if o.selects and (o.scope == "sequence" or o.granularity == "document"):
-        raise ValueError(f"scope is {o.scope!r} and granularity {o.granularity!r}, but a compute_loss_func sees no "
-                         "position ids and cannot tell packed documents apart: use UncertaintyAwareTrainer")
-
-# %% ../nbs/api/08_objective.ipynb #08-objective-68
-def as_compute_loss_func(
-    objective: Objective,  # whose rules need nothing but the logits of one batch
-) -> Callable:  # (outputs, labels, num_items_in_batch=None) -> scalar loss; without gradient that of "mle"
-    "The objective as a `compute_loss_func` for `transformers.Trainer`."
-    _check_logits(objective)
-    def compute_loss(outputs, labels: Tensor, num_items_in_batch=None) -> Tensor:
-        o = objective if torch.is_grad_enabled() else Objective.preset("mle")
-        layout = lay_out(dict(labels=labels))
-        _check_step(o, len(layout.targets), num_items_in_batch)
-        logits = layout.predicting(outputs.logits).float()  # (N, V)
-        with torch.no_grad(): scores = scores_of(logits, layout.targets)
-        scored = Scored(layout, scores, logits.detach(), _Given(logits.T))
-        selected = _select(o, scored)  # (N,) M
-        losses = F.cross_entropy(logits[selected], layout.targets[selected], reduction="none")
-        divisor = selected.sum() if o.selects or num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-        return (_weigh(o, scored, selected)[selected] * losses).sum() / divisor.clamp(min=1)
-    return compute_loss
