@@ -16,6 +16,7 @@ _MODULES = {
     "compute_loss": ("as_compute_loss_func",),
     "training": ("AtSteps", "TokenLog", "UncertaintyAwareTrainer"),
     "evaluation": ("evaluate", "measure_baseline"),
+    "answers": ("exact_match", "join_layers"),
 }
 _OPTIONAL = {"sft": ("UncertaintyAwareSFTTrainer",)}  # needs trl, so `import *` leaves it out
 _HOME = {name: module for module, names in (_MODULES | _OPTIONAL).items() for name in names}
