@@ -109,14 +109,15 @@ def train_model(model, tokenizer, rows, validation, objective: str, lora=False, 
         initial = AdapterTeacher if lora else FrozenTeacher
         teacher = initial(model) if reference is None else FrozenTeacher(reference)
     args = dict(save_strategy="no", report_to="none", logging_steps=1, lr_scheduler_type="cosine",
-                disable_tqdm=not sys.stderr.isatty()) | args
+                disable_tqdm=not sys.stderr.isatty(), eval_on_start=validation is not None) | args
     trainer = UncertaintyAwareTrainer(
         model=model, args=TrainingArguments(**args), objective=chosen, train_dataset=rows,
         teacher=teacher, eval_dataset=validation, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
-    def held_out_loss(): return None if validation is None else trainer.evaluate()["eval_loss"]
-    before, _, after = held_out_loss(), trainer.train(resume), held_out_loss()
-    return trainer, (before, after)
+    trainer.train(resume)  # it evaluates at its start, for FSDP divides a model together with its optimiser only
+    if validation is not None: trainer.evaluate()
+    losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line] or [None]
+    return trainer, (losses[0], losses[-1])
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-17
 def sides(read, documents: int) -> tuple:
