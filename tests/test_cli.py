@@ -1,5 +1,6 @@
 """The command line starts fast, and a script can rely on its exit status."""
-import json, subprocess, sys
+import json, os, subprocess, sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -163,3 +164,19 @@ def test_a_file_of_arguments_is_checked_like_the_command_line(text, status, said
     (tmp_path / "mine.yaml").write_text(text)
     assert cli.main(["train", "gsm8k", "--config", "mine.yaml"]) == status
     assert said in capsys.readouterr().err
+
+
+def test_claims_as_json_are_those_of_the_table(capsys):
+    reference = str(Path(__file__).resolve().parents[1] / "reference/cpu")
+    assert cli.main(["claims", reference, "--json"]) == 0
+    claims = {c["id"]: c for c in json.loads(capsys.readouterr().out)["claims"]}
+    assert cli.main(["claims", reference]) == 0
+    table = capsys.readouterr().out
+    assert all(f"| {id} |" in table for id in claims) and f"**{claims['C3']['findings'][0]['verdict']}**" in table
+
+
+def test_a_shell_completes_commands_and_options():
+    for words, found in ("uat-repro tr", "train"), ("uat-repro train --lea", "--learning-rate"):
+        env = os.environ | dict(_UAT_REPRO_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(words.count(" ")))
+        p = subprocess.run([sys.executable, "-m", "uat_repro.cli"], env=env, capture_output=True, text=True)
+        assert found in p.stdout.split(), p.stderr
