@@ -12,6 +12,7 @@ __all__ = ['Dataset', 'Model', 'Template', 'Split', 'Length', 'OnError', 'DataDi
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -61,8 +62,9 @@ Config = option(Path | None, exists=True, dir_okay=False, is_eager=True, callbac
 def takes(arguments: type) -> Callable:
     "Give a command the fields of a dataclass as its arguments; it is called with one of these."
     def decorate(command: Callable) -> Callable:
+        @wraps(command)
         def call(**given): return command(arguments(**given))
-        call.__signature__, call.__doc__, call.__name__ = inspect.signature(arguments), command.__doc__, command.__name__
+        call.__signature__ = inspect.signature(arguments)
         return call
     return decorate
 
@@ -88,5 +90,6 @@ class Training:
     checkpoint_every: option(int, min=0, help="Steps between two checkpoints in --out; 0 for none.") = 0
     resume: option(bool, "--resume", help="Go on from the last whole checkpoint in --out.") = False
     report_to: option(str, help="none, or who else gets the log: trackio, wandb, tensorboard, ...") = "none"
+    push_to_hub: option(str | None, help="Repository of the hub for model and card; a new one is private.") = None
     on_error: OnError = None
     data_dir: DataDir = None
