@@ -7,7 +7,7 @@ Docs: https://uat-repro.github.io/uat-repro/api/plan.html.md"""
 # %% auto #0
 __all__ = ['PEAK', 'SHARE', 'STEP', 'LENGTH', 'PROMPT', 'ANSWERS', 'CHOICES', 'SIZES', 'Sizes', 'sizes_of', 'training_bytes',
            'peak_bytes', 'training_tokens', 'scored_tokens', 'benchmark_seconds', 'Work', 'work_of', 'cache_bytes',
-           'plan_text']
+           'plan_text', 'plan_numbers']
 
 # %% ../nbs/api/17c_plan.ipynb #17c-plan-03
 from collections.abc import Iterator
@@ -298,13 +298,15 @@ def _hours(profile: dict, grid: dict) -> str:
     return ", ".join(f"{k} {s / 3600:,.1f}" for k, s in kinds.items()) + f"; together {sum(kinds.values()) / 3600:,.0f}"
 
 # %% ../nbs/api/17c_plan.ipynb #17c-plan-41
+def _on_gpu(profile: dict) -> bool: return bool(profile.get("train", {}).get("resources", {}).get("gpu"))
+
 def plan_text(
     profile: str = "cpu",  # a profile of this package, or the path of a `.yaml` file
     data_dir: str | Path | None = None,  # folder of the user's own data
 ) -> str:  # a page of text
     "What a profile runs, and what it takes."
     conf = load_profile(profile, data_dir)
-    grid, gpu = _grid(conf), bool(conf.get("train", {}).get("resources", {}).get("gpu"))
+    grid, gpu = _grid(conf), _on_gpu(conf)
     total = sum(n for n, _ in grid.values()), sum(s for _, s in grid.values())
     runs = [("runs", "", "expected"), *((e, str(n), about(s)) for e, (n, s) in [*grid.items(), ("together", total)])]
     lines = [f"profile {conf['profile']}", "", *_aligned(runs), "", *_aligned([*_models(conf, gpu)]), "",
@@ -316,3 +318,18 @@ def plan_text(
         f"  assumed: an H100 at {SHARE:.0%} of {PEAK / 1e12:.0f} TFLOP/s in bfloat16, which small models do not reach;",
         f"  {STEP:g} s a step of generation, responses of the longest length; the rest as the profile expects"]
     return "\n".join([*lines, "not counted: loading, tables of the evaluation, the CUDA context, fragments of memory"])
+
+# %% ../nbs/api/17c_plan.ipynb #17c-plan-45
+def plan_numbers(
+    profile: str = "cpu",  # a profile of this package, or the path of a `.yaml` file
+    data_dir: str | Path | None = None,  # folder of the user's own data
+) -> dict:  # ready for JSON: runs, seconds, tokens, operations and bytes
+    "What a profile runs, and what it takes, as numbers; a model is None where its configuration is not known here."
+    conf = load_profile(profile, data_dir)
+    def taken(model):
+        if (work := work_of(conf, model)) is None: return None
+        return dict(work._asdict(), parameters=_sizes_in(conf, model, LENGTH).parameters,
+                    peak_bytes=peak_bytes(conf, model, _on_gpu(conf)), cache_bytes=cache_bytes(conf, model))
+    runs = {e: dict(runs=n, seconds=seconds) for e, (n, seconds) in _grid(conf).items()}
+    models = {model: taken(model) for model in conf["models"]}
+    return dict(profile=conf["profile"], disk_gb=conf["disk_gb"], runs=runs, models=models)

@@ -6,24 +6,26 @@ Docs: https://uat-repro.github.io/uat-repro/api/tasks.html.md"""
 
 # %% auto #0
 __all__ = ['load', 'read_rows', 'mark_selected', 'write_scores', 'least_sure', 'kind_of', 'selected_kinds', 'alike', 'harm',
-           'train_model', 'sides', 'second', 'digest', 'keep_start', 'keep_run', 'keep_config', 'trainer_arguments',
-           'run_training']
+           'train_model', 'sides', 'second', 'digest', 'keep_start', 'keep_run', 'keep_config', 'keep_card',
+           'trainer_arguments', 'run_training']
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-03
 import hashlib, math, re, sys, time
 from dataclasses import asdict
 from pathlib import Path
 
-import pandas as pd, yaml
+import huggingface_hub as hub, pandas as pd, yaml
 from accelerate import PartialState
 from transformers import PrinterCallback, TrainingArguments
 
+from ._card import model_card
+from ._files import file_hash
 from .distillation import AdapterTeacher, FrozenTeacher
 from .masking import count_kept
 from .models import add_lora, load_model, weights_hash
 from .objective import Objective
 from .page import token_page
-from .records import NoRecords, load_records
+from .records import NoRecords, files_digest, load_records
 from .results import cost, manifest, read_json, write_frame, write_json, write_whole
 from .tokens import encode_all, use_template
 from .training import UncertaintyAwareTrainer
@@ -140,7 +142,7 @@ def keep_start(out: Path, start: dict, resume: bool) -> None:
     "Keep what a training starts with in `out`. Raises where checkpoints of another start are there."
     file = out / "start.json"
     if not resume and any(out.glob("checkpoint-*")):
-        raise ValueError(f"{out} holds checkpoints of an earlier start: go on from them by --resume, or give another --out")
+        raise ValueError(f"{out} holds checkpoints of an earlier start: go on by --resume, or give another --out")
     before = read_json(file) if resume and file.exists() else start
     if other := [name for name in start if before.get(name) != start[name]]:
         raise ValueError(f"the checkpoints in {out} were made with other values of {', '.join(other)}: "
@@ -160,12 +162,24 @@ def keep_run(out: Path, trainer, losses: tuple, about: dict, began: float) -> No
     print(f"{moved} after {steps} steps: {out / 'model'}")
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-35
-_HERE = {"config", "out", "data_dir", "resume"}  # arguments of `train` that say nothing about a run
+_HERE = {"config", "out", "data_dir", "resume", "push_to_hub"}  # arguments of `train` that say nothing about a run
 
 def keep_config(asked) -> None:
     "Write the arguments of `train` to `config.yaml`, those with a default as well."
     kept = {name: value for name, value in asdict(asked).items() if name not in _HERE and value is not None}
     if PartialState().is_main_process: write_whole(asked.out / "config.yaml", yaml.safe_dump(kept, sort_keys=False))
+
+# %% ../nbs/api/18b_tasks.ipynb #18b-tasks-43
+def keep_card(asked) -> None:
+    "Write the model card of a finished run to `README.md`, and send model and card to the hub if that is wanted."
+    if not PartialState().is_main_process: return
+    made, arguments = read_json(asked.out / "result.json"), yaml.safe_load((asked.out / "config.yaml").read_text())
+    card = write_whole(asked.out / "README.md", model_card(made, arguments))
+    if asked.push_to_hub is None: return
+    hub.create_repo(asked.push_to_hub, private=True, exist_ok=True)
+    hub.upload_folder(repo_id=asked.push_to_hub, folder_path=asked.out / "model", ignore_patterns="README.md")
+    hub.upload_file(repo_id=asked.push_to_hub, path_or_fileobj=card, path_in_repo="README.md")
+    print(f"{asked.push_to_hub} has the model and its card")
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-38
 def trainer_arguments(asked) -> dict:
@@ -180,6 +194,7 @@ def trainer_arguments(asked) -> dict:
 def run_training(asked) -> None:
     "Load, read, train and keep, as the arguments of `train` say."
     Objective.preset(asked.objective)  # a misspelt name is told before anything is loaded
+    if asked.push_to_hub: hub.whoami()  # and so is a missing login
     began, (network, tokenizer) = time.time(), load(asked.model, asked.chat_template)
     def read(part, limit):
         return read_rows(asked.dataset, part, limit, asked.data_dir, asked.on_error, tokenizer, asked.max_length)
@@ -187,7 +202,9 @@ def run_training(asked) -> None:
     name, spec, reference = Path(asked.dataset).stem, Path(asked.model).name, asked.reference
     other = reference and second(reference, tokenizer)
     made = manifest(asked.seed, {name: digest(rows)}, {spec: weights_hash(network)})
-    about = dict(dataset=name, model=spec, objective=asked.objective, documents=len(rows), manifest=made)
+    source = Path(asked.dataset)
+    about = dict(dataset=name, model=spec, objective=asked.objective, documents=len(rows), manifest=made,
+                 files=file_hash(source) if source.is_file() else files_digest(asked.dataset, asked.data_dir))
     start = dict(data=made["data"], weights=made["weights"], objective=asked.objective, lora=asked.lora,
                  seed=asked.seed, reference=reference and Path(reference).name)
     keep_start(asked.out, start, asked.resume)
@@ -195,3 +212,4 @@ def run_training(asked) -> None:
     trained = train_model(network, tokenizer, rows, held_out, asked.objective, asked.lora, other, asked.resume,
                           **trainer_arguments(asked))
     keep_run(asked.out, *trained, about, began)
+    keep_card(asked)

@@ -9,17 +9,18 @@ __all__ = ['app', 'main', 'reproduce', 'plan', 'claims', 'status', 'verify', 'im
            'evaluate', 'cache']
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-03
-import importlib, sys
+import importlib, json, sys
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ._arguments import (DataDir, Dataset, Length, Model, OnError, Split, Template, Training, option, takes)
+from ._arguments import (DataDir, Dataset, Json, Length, Model, OnError, Split, Template, Training, option,
+                                   takes)
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-08
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 def _show_version(asked: bool):
     from uat_repro import __version__
@@ -78,10 +79,11 @@ def reproduce(
 def plan(
     profile: option(str, help="cpu, smoke, cpu-full, gpu, paper, or the path of a .yaml file") = "cpu",
     data_dir: DataDir = None,
+    as_json: Json = False,
 ):
     "Say what a profile would run, and what it takes; nothing is run."
-    from uat_repro._plan import plan_text
-    print(plan_text(profile, data_dir))
+    from uat_repro._plan import plan_numbers, plan_text
+    print(json.dumps(plan_numbers(profile, data_dir), indent=1) if as_json else plan_text(profile, data_dir))
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-16
 def _stale(workdir: Path, data_dir: Path | None) -> list:
@@ -90,19 +92,28 @@ def _stale(workdir: Path, data_dir: Path | None) -> list:
     from uat_repro.workflow import plan, snakemake_command
     return plan(snakemake_command(workdir, notebooks_folder(), data_dir=data_dir))
 
+def _claims_text(workdir: Path, as_json: bool) -> str:
+    "The claims of a folder, judged anew where it has tables."
+    from uat_repro import claims as judging, plots
+    from uat_repro.results import strict_json
+    judged, table = judging.judge_folder(workdir), workdir / "claims.md"
+    if not judged and (as_json or not table.exists()):
+        raise FileNotFoundError(f"{workdir} holds no claims: run `uat-repro reproduce`, or give the folder of results")
+    if as_json: return json.dumps(strict_json(dict(claims=[*map(judging._record, judged)])), indent=1)
+    return judging.claims_table(judged, plots.label) if judged else table.read_text(encoding="utf-8")
+
+# %% ../nbs/api/18_cli.ipynb #18-cli-69
 @app.command()
 def claims(
     workdir: Annotated[Path, typer.Argument(help="Folder of results, or a reference.")] = Path("results"),
     data_dir: DataDir = None,
+    as_json: Json = False,
 ):
     "Print the claims; the exit status is 1 where a result is missing or older than the code that makes it."
-    table, config, remedy = workdir / "claims.md", workdir / "profile.json", "run `uat-repro reproduce` again"
-    from uat_repro import claims as judging, plots
     from uat_repro._verify import altered
     from uat_repro.results import read_json, result_files
-    if not (judged := judging.judge_folder(workdir)) and not table.exists():
-        raise FileNotFoundError(f"{workdir} holds no claims: run `uat-repro reproduce`, or give the folder of results")
-    print(judging.claims_table(judged, plots.label) if judged else table.read_text(encoding="utf-8"))
+    print(_claims_text(workdir, as_json))
+    config, remedy = workdir / "profile.json", "run `uat-repro reproduce` again"
     if not config.exists() or (workdir / "records.parquet").exists(): return  # a reference has no runs
     runs = result_files(read_json(config))
     if missing := [f for f in runs if not (workdir / f).exists()]:
@@ -124,6 +135,7 @@ def status(
     workdir: Annotated[Path, typer.Argument(help="Folder of results.")] = Path("results"),
     cores: option(int, min=1, help="Runs at once, for the time that remains.") = 2,
     data_dir: DataDir = None,
+    as_json: Json = False,
 ):
     "Say which runs are done, at work, failed, stale or to come, and how long the rest will take."
     from uat_repro._verify import state_of
@@ -132,13 +144,16 @@ def status(
     profile = _open_results(workdir)
     todo = _stale(workdir, data_dir)
     states = {run: state_of(workdir, run.notebook) for run in todo}
+    spent = sum(read_json(path)["wall_seconds"] for path in workdir.glob("*/*/cost.json"))
+    done = len(result_files(profile)) + len(figures(profile)) - len(todo)
+    left = Progress(todo, profile, cores).left(0) if todo else 0
+    if as_json: return print(json.dumps(dict(
+        done=done, spent_seconds=spent, left_seconds=left, runs={str(run): s for run, s in states.items()}), indent=1))
     for run, state in states.items():
         if state != "to come": print(f"{state:8} {run}")
-    spent = sum(read_json(path)["wall_seconds"] for path in workdir.glob("*/*/cost.json"))
     counts = ", ".join(f"{n} {state}" for state, n in Counter(states.values()).items())
-    done = len(result_files(profile)) + len(figures(profile)) - len(todo)
-    print(f"{done} runs and figures done in {about(spent)} of one core" + (f"; {counts}, about "
-          f"{about(Progress(todo, profile, cores).left(0))} on {cores} cores" if todo else ""))
+    print(f"{done} runs and figures done in {about(spent)} of one core" +
+          (f"; {counts}, about {about(left)} on {cores} cores" if todo else ""))
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-22
 @app.command()
@@ -186,13 +201,14 @@ def _check_notebooks():
 def doctor(
     data_dir: DataDir = None,
     timeout: option(float, help="Seconds to wait for the hub.") = 3.0,
+    as_json: Json = False,
 ):
     "Say what this machine can run, and what to do about what is missing."
     from uat_repro._doctor import findings, runnable
     profiles = runnable(found := [_check_notebooks(), *findings(data_dir, timeout)])
-    print(*found, "", sep="\n")
-    for name, lacking in profiles.items():
-        print(f"profile {name:6}", f"lacks {', '.join(lacking)}" if lacking else "can run here")
+    if as_json: print(json.dumps(dict(findings=[f._asdict() for f in found], lacking=profiles), indent=1))
+    else: print(*found, "", *(f"profile {name:6} {'lacks ' + ', '.join(lacking) if lacking else 'can run here'}"
+                              for name, lacking in profiles.items()), sep="\n")
     raise typer.Exit(1 if profiles["cpu"] else 0)
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-31
