@@ -109,9 +109,25 @@ def top_entropy(
 class Weight(Rule):
     "How much a selected token counts."
 
+def _log_ratio(scored: Scored) -> Tensor: return scored.teacher.loss - scored.scores.loss  # (N,) ln r
+
+def _clipped_ratio(scored: Scored) -> Tensor:
+    "r, and 0 where it is beyond 1.28: the slope of min(r, clip(r, 0.8, 1.28)) with respect to ln r (PSFT)."
+    ratio = _log_ratio(scored).exp()
+    return ratio.where(ratio <= 1.28, 0)
+
+def _document_ratio(scored: Scored) -> Tensor:
+    "The geometric mean of r over the token's document, at most 16 (iw-SFT)."
+    documents = scored.layout.documents
+    sums = torch.zeros(scored.layout.valid.numel(), device=documents.device).index_add(0, documents, _log_ratio(scored))
+    return (sums[documents] / documents.bincount()[documents]).exp().clamp(max=16)
+
 WEIGHTS = {
     "probability": Weight(lambda scored: (-scored.scores.loss).exp()),
+    "probability_10": Weight(lambda scored: (-10 * scored.scores.loss).exp()),
     "top_entropy": Weight(lambda scored: scored.over_logits(top_entropy), "logits"),
+    "clipped_ratio": Weight(_clipped_ratio, "teacher"),
+    "document_ratio": Weight(_document_ratio, "teacher"),
 }
 
 # %% ../nbs/api/08_objective.ipynb #08-objective-23
@@ -129,6 +145,10 @@ PRESETS = {
     "dft": dict(keep=1.0, weight="probability"),
     "asft": dict(keep=1.0, weight="probability", distill_weight=0.1, distill_on="all"),
     "eaft": dict(keep=1.0, weight="top_entropy"),
+    "p10": dict(keep=1.0, weight="probability_10"),
+    "profit": dict(order="bottom", threshold=math.log(10)),
+    "iw_sft": dict(keep=1.0, weight="document_ratio"),
+    "psft": dict(keep=1.0, weight="clipped_ratio"),
 }
 
 # %% ../nbs/api/08_objective.ipynb #08-objective-24
