@@ -70,13 +70,15 @@ def test_marks_and_reasoning_of_a_turn():
     def answer(**fields): return to_messages({"messages": [
         {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4", **fields}]})[-1]
     for mark in {"weight": 0}, {"train": False}, {"loss": False}, {"weight": 1, "train": False}:
-        assert answer(**mark) == {"role": "assistant", "content": "4", "train": False}
+        assert answer(**mark) == {"role": "assistant", "content": "4", "weight": 0}
     assert answer(weight=1, train=None, loss=float("nan")) == {"role": "assistant", "content": "4"}
+    assert answer(weight=.5, loss=3) == {"role": "assistant", "content": "4", "weight": 1.5}
     for field in "reasoning_content", "thinking", "reasoning":
         assert answer(**{field: " two and two\n"})["reasoning_content"] == "two and two"
         assert "reasoning_content" not in answer(**{field: " \n"})
         fails("reasoning that is list", call=lambda: answer(**{field: ["two and two"]}))
-    fails("[0.5]", "give 0 or 1", call=lambda: answer(weight=.5))
+    for wrong in -1, float("inf"), "0.5", [1]:
+        fails("record ", f"has the weight {wrong!r}: give a number of at least 0", call=lambda: answer(weight=wrong))
     for content in "Let me look.", None:
         fails("tool calls, which are not read", call=lambda: answer(content=content, tool_calls=[{"function": {}}]))
     plain, marked = (record_id(to_messages(GSM8K)[:1] + [answer(**mark)]) for mark in ({}, {"train": False}))

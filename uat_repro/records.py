@@ -9,10 +9,11 @@ __all__ = ['FORMATS', 'SPLITS', 'GSM_SYMBOLIC_SIZE', 'GSM_SYMBOLIC_SEED', 'DATA_
            'record_id', 'split_of', 'in_folder', 'files_digest', 'NoRecords', 'load_records']
 
 # %% ../nbs/api/00_records.ipynb #00-records-03
-import difflib, hashlib, json, logging, os, re
+import difflib, hashlib, json, logging, math, os, re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
+from numbers import Real
 from pathlib import Path
 
 from ._files import ENDINGS, file_hash, files_of, read_values
@@ -94,32 +95,39 @@ _LEARN = "weight", "train", "training", "loss"
 _CALLS = "tool_calls", "function_call"
 _OF_A_TURN = {"role", "from", "content", "value", *_REASONING, *_LEARN, *_CALLS}
 
+def _weight(record: dict, turn: dict) -> Real:
+    "How much a turn counts: the product of its marks and of its record's weight. Raises where one is no weight."
+    marks = [value for value in (record.get("weight"), *map(turn.get, _LEARN)) if not _nothing(value)]
+    if wrong := [mark for mark in marks if not (isinstance(mark, Real) and 0 <= mark < math.inf)]:
+        raise ValueError(f"record {_excerpt(record)} has the weight {wrong[0]!r}: give a number of at least 0")
+    return math.prod(marks)
+
 def _message(record: dict, speaker: str, text: object, turn: dict = {}) -> dict:
     "The message of one turn; a `ValueError` names the record that has an unknown speaker, no text or a wrong mark."
     def wrong(what: str) -> ValueError: return ValueError(f"record {_excerpt(record)} has {what}")
     if not isinstance(speaker, str) or speaker not in _ROLES:
         raise wrong(f"a turn by {speaker!r}: remove it, or name one of {', '.join(_ROLES)}")
     if _first(turn, *_CALLS): raise wrong("tool calls, which are not read: remove the record")
-    learn = [turn[field] for field in _LEARN if not _nothing(turn.get(field))]
-    if any(mark not in (0, 1) for mark in learn): raise wrong(f"a turn with {learn} for {_LEARN}: give 0 or 1")
+    weight = _weight(record, turn)
     try: content, reasoning = (_text(part).strip() for part in (text, _first(turn, *_REASONING)))
     except TypeError as e: raise wrong(f"a turn or reasoning that {e}: give its text, or remove it") from None
     message = dict(role=_ROLES[speaker], content=content)
     if message["role"] != "assistant": return message
     if reasoning: message["reasoning_content"] = reasoning
-    return message if all(learn) else message | dict(train=False)
+    return message if weight == 1 else message | dict(weight=weight)
 
 # %% ../nbs/api/00_records.ipynb #00-records-13
 def _join(message: dict, more: dict) -> None:
-    "Add the next message of the same role; what may not be learned makes the whole so."
+    "Add the next message of the same role; the smaller weight holds for both."
+    weight = min(message.pop("weight", 1), more.pop("weight", 1))
     for field, value in more.items():
-        if field != "role": message[field] = value if field == "train" else "\n\n".join(
-            filter(None, (message.get(field), value)))
+        if field != "role": message[field] = "\n\n".join(filter(None, (message.get(field), value)))
+    if weight != 1: message["weight"] = weight
 
 def _conversation(record: dict) -> tuple[list[dict], list[str]]:
     "The messages of a record, as from `to_messages`, and its fields that were not read."
     fields, messages = _Fields(record if isinstance(record, dict) else {}), []
-    fields.read = {"id", "source", "cluster"}
+    fields.read = {"id", "source", "cluster", "weight", "token_weights"}
     asked, turns = False, _turns(fields, record)
     for message in (_message(record, *turn) for turn in turns):
         if message["role"] == "user": asked = bool(message["content"]) or (asked and messages[-1]["role"] == "user")
@@ -136,7 +144,7 @@ def _conversation(record: dict) -> tuple[list[dict], list[str]]:
 
 def to_messages(
     record: dict,  # one record, in a format of `FORMATS`
-) -> list[dict]:  # `role`, `content`, perhaps reasoning and `train`; roles alternate, and the assistant speaks last
+) -> list[dict]:  # `role`, `content`, perhaps reasoning and `weight`; roles alternate, and the assistant speaks last
     "The chat messages of a record; a `ValueError` names a record that has no response or no known format."
     return _conversation(record)[0]
 
@@ -145,7 +153,8 @@ def record_id(
     messages: list[dict],  # chat messages
 ) -> str:  # 16 hexadecimal digits
     "The hash that names a conversation."
-    turns = [[m[field] for field in ("role", "content", "reasoning_content", "train") if field in m] for m in messages]
+    turns = [[m[field] for field in ("role", "content", "reasoning_content") if field in m]
+             + [False] * (m.get("weight") == 0) for m in messages]
     return hashlib.sha256(json.dumps(turns, ensure_ascii=False).encode()).hexdigest()[:16]
 
 SPLITS = ("train", "validation", "test")
@@ -281,7 +290,7 @@ def _find(name: str, data_dir: str | Path | None) -> tuple[dict[str, list[Callab
 
 # %% ../nbs/api/00_records.ipynb #00-records-40
 def _records(streams: Iterable, source: str, complain: Callable[[str], None]) -> Iterator[dict]:
-    "All usable records of some streams: `id`, `messages`, `source` and perhaps `cluster`, each id once."
+    "All usable records of some streams: `id`, `messages`, `source`, perhaps `cluster` and `token_weights`."
     seen, repeated, named = set(), 0, set()
     for place, raw in (pair for stream in streams for pair in stream(complain)):
         try: messages, unread = _conversation(raw)
@@ -292,6 +301,7 @@ def _records(streams: Iterable, source: str, complain: Callable[[str], None]) ->
         named |= new
         for file, field in sorted(new): _log.warning("%s: field %r is not read", file, field)
         record = dict(id=record_id(messages), messages=messages, source=source)
+        if raw.get("token_weights") is not None: record["token_weights"] = raw["token_weights"]
         if type(number := raw.get("cluster")) is int: record["cluster"] = f"{source}/{number}"
         if record["id"] in seen: repeated += 1
         else: yield record
@@ -324,7 +334,7 @@ def load_records(
     limit: int | None = None,  # largest number of records, in the order of the source
     data_dir: str | Path | None = None,  # folder of your files, or `None` for that of the environment
     strict: bool | None = None,  # raise on unusable records; `None` raises on those in your files only
-) -> list[dict]:  # `{"id", "messages", "source"}`, perhaps `cluster`
+) -> list[dict]:  # `{"id", "messages", "source"}`, perhaps `cluster` and `token_weights`
     "The records of one split of a data set. Errors are of one line, `ValueError` or `FileNotFoundError`."
     if split not in (*SPLITS, "all"):
         raise ValueError(f"split {split!r} is unknown: it is one of {', '.join(SPLITS)} or all")

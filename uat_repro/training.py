@@ -20,20 +20,21 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from .models import use_bf16
 from .objective import Objective, ObjectiveOutput
-from .tokens import Collator, LengthSampler, token_frame
+from .tokens import Collator, LengthSampler, lay_out, token_frame
 
 # %% ../nbs/api/09_training.ipynb #09-training-07
-_SUMS = ("mle", "selected", "distill", "distilled", "entropy", "correct", "valid", "tokens")
+_SUMS = ("mle", "trained", "distill", "distilled", "selected", "entropy", "correct", "valid", "tokens")
 
 def _sums(o: Objective, out: ObjectiveOutput, batch) -> Tensor:
     "Sums over one micro-batch, in the order of `_SUMS`."
-    valid = ~out.token_loss.isnan()  # (B, T)
-    selected, response = out.selected.sum(), valid.sum()
-    distilled = response if o.distill_on == "all" else response - selected
+    layout = lay_out(batch)
+    valid, selected = layout.valid, out.selected[layout.valid]  # (B, T), (N,)
+    trained, response = layout.weights[selected].sum(), layout.weights.sum()
+    distilled = response if o.distill_on == "all" else layout.weights[~selected].sum()
     tokens = batch["attention_mask"].sum() if "attention_mask" in batch else batch["labels"].numel()
     entropy = out.token_entropy[valid].sum()
-    correct = out.token_correct.sum()
-    sums = out.mle * selected, selected, out.distill * distilled, distilled, entropy, correct, response, tokens
+    means = out.mle * trained, trained, out.distill * distilled, distilled
+    sums = *means, selected.sum(), entropy, out.token_correct.sum(), valid.sum(), tokens
     return torch.stack([torch.as_tensor(x, dtype=torch.float64, device=valid.device) for x in sums])
 
 # %% ../nbs/api/09_training.ipynb #09-training-08
@@ -41,7 +42,7 @@ def _means(sums: Tensor, seconds: float) -> dict[str, float]:
     "What the log shows of the sums; 0 where nothing was summed."
     s = dict(zip(_SUMS, sums.tolist()))
     share = lambda a, b: s[a] / s[b] if s[b] else 0.0
-    return dict(mle=share("mle", "selected"), distill=share("distill", "distilled"),
+    return dict(mle=share("mle", "trained"), distill=share("distill", "distilled"),
                 selected_fraction=share("selected", "valid"), entropy=share("entropy", "valid"),
                 accuracy=share("correct", "valid"), tokens_per_second=s["tokens"] / seconds)
 
