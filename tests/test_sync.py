@@ -4,6 +4,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import yaml
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPORT = "from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()"
@@ -65,6 +66,25 @@ def test_every_requirement_is_locked():
     locked = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").split()}
     wanted = " ".join(v for k, v in settings().items() if k == "requirements" or k.endswith("_requirements")).split()
     assert not {w.split(">")[0].lower().replace("_", "-") for w in wanted} - locked
+
+
+def test_extras_and_transformers_have_lower_bounds_that_the_lock_meets():
+    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8").split()
+    locked = {name.lower().replace("_", "-"): version for name, version in (line.split("==") for line in lock)}
+    extras = " ".join(v for k, v in settings().items() if k.endswith("_requirements")).split()
+    for needed in map(Requirement, [*extras, *re.findall(r"(?:torch|transformers|snakemake)\S+", settings()["requirements"])]):
+        assert [bound.operator for bound in needed.specifier] == [">="], needed
+        assert needed.specifier.contains(locked[needed.name.lower().replace("_", "-")]), needed
+
+
+def test_what_is_required_is_imported():
+    texts = [p.read_text(encoding="utf-8") for folder in ("uat_repro", "nbs") for p in (ROOT / folder).rglob("*")
+             if p.suffix in (".py", ".ipynb") or p.name == "Snakefile"]
+    needed = [Requirement(r).name for r in f"{settings()['requirements']} {settings()['offline_requirements']}".split()]
+    modules = {name: dict(pyyaml="yaml").get(name, name.replace("-", "_")) for name in needed if name != "ipykernel"}
+    for name, module in modules.items():  # (ipykernel is the kernel that papermill starts)
+        found = re.compile(rf"\b(import|from)\b[^#\n]*\b{module}\b")
+        assert any(map(found.search, texts)), f"{name} is required but imported nowhere"
 
 
 def test_readme_is_the_landing_page():

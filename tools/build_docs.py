@@ -74,11 +74,10 @@ def sections() -> list[dict]:
 
 
 def site_configuration() -> str:
-    "`_quarto.yml` with the sections of the catalogue before that of the library."
+    "`_quarto.yml` with the sections of the catalogue after the first page."
     site = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
     contents = site["website"]["sidebar"]["contents"]
-    place = next(i for i, part in enumerate(contents) if isinstance(part, dict))
-    contents[place:place] = sections()
+    contents[1:1] = sections()
     return yaml.safe_dump(site, sort_keys=False, allow_unicode=True)
 
 
@@ -173,7 +172,7 @@ def main() -> int:
     STAGE.mkdir()
     results = args.results.resolve()
     with ProcessPoolExecutor(2) as pool:
-        library = {page: pool.submit(run, page) for page in notebooks() if page.parts[0] in ("api", "benchmarks.ipynb", "contributing.ipynb")}
+        library = {page: pool.submit(run, page) for page in notebooks() if page.parts[0] in ("api", "benchmarks.ipynb", "contributing.ipynb", "howto.ipynb")}
     for page in notebooks(): stage(page, library[page].result() if page in library else executed(page, results))
     if (ROOT / "reference").exists(): shutil.copytree(ROOT / "reference", STAGE / "measured")
     shutil.copy(ROOT / "tools/site.css", STAGE)

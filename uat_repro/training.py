@@ -198,8 +198,8 @@ class ObjectiveMixin(_Resuming):
     arguments = TrainingArguments  # what its `args` are
 
     def __init__(self,
-        model: nn.Module = None,  # a causal language model, with or without an adapter
-        args: TrainingArguments = None,  # `remove_unused_columns` is switched off: ids and states are needed
+        model: nn.Module | None = None,  # a causal language model, with or without an adapter
+        args: TrainingArguments | None = None,  # `remove_unused_columns` is switched off: ids and states are needed
         objective: Objective | str = Objective(),  # or the name of a preset
         teacher: Callable | None = None,  # see `Objective.needs_teacher`
         token_log: TokenLog | None = None,  # where to record tokens
