@@ -15,8 +15,6 @@ from itertools import accumulate
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
-from jinja2.exceptions import TemplateError
-
 _log = logging.getLogger(__name__)
 
 # %% ../nbs/api/01a_templates.ipynb #01a-templates-07
@@ -36,8 +34,8 @@ def render_chat(messages: list[dict], tokenizer, **kwargs) -> str | Mapping:
     template = tokenizer.get_chat_template()
     if "strftime_now" in template: kwargs["chat_template"] = _FIXED_NOW + template
     try: return tokenizer.apply_chat_template(messages, date_string=TEMPLATE_DATE, **kwargs)
-    except TemplateError as e:
-        reason = f"refused by the chat template ({e})"
+    except Exception as e:
+        reason = f"refused by the chat template ({' '.join(str(e).split())})"
         raise Unusable(f"it is {reason}: reshape or remove the record", reason) from None
 
 # %% ../nbs/api/01a_templates.ipynb #01a-templates-11
