@@ -42,7 +42,7 @@ def join_layers(
     config.num_hidden_layers = len(layers)
     model.set_input_embeddings(trunk.get_input_embeddings())
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    for part in {id(c): c for c in (model.config, config)}.values(): part.tie_word_embeddings = tied
+    model.config.tie_word_embeddings = config.tie_word_embeddings = tied
     return model
 
 # %% ../nbs/api/10a_answers.ipynb #10a-answers-11
