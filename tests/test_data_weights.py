@@ -258,6 +258,13 @@ def test_the_trainer_takes_them(size, accumulation, tmp_path):
     assert log["mle"] == pytest.approx(out.mle.item(), rel=1e-4)
 
 
+def test_an_evaluation_counts_each_token_once(tmp_path):
+    args = TrainingArguments(**arguments(tmp_path, per_device_eval_batch_size=4))
+    trainer = InOrder(tiny_model(), args, train_dataset=rows(), processing_class=tokenizer)
+    halves = [row | dict(loss_weights=[.5 * (i + 1)] * len(row["labels"])) for i, row in enumerate(rows())]
+    assert trainer.evaluate(halves)["eval_loss"] == pytest.approx(trainer.evaluate(rows())["eval_loss"], rel=1e-6)
+
+
 def test_trl_takes_them_with_our_collator_and_refuses_to_lose_them(tmp_path):
     trl = pytest.importorskip("trl", reason="TRL is an optional companion: pip install trl")
     from uat_repro.sft import UncertaintyAwareSFTTrainer

@@ -136,7 +136,10 @@ def second(reference: str, tokenizer):
     raise ValueError(f"the reference {reference} has another tokenizer: give a model with the tokenizer of --model")
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-18b
-def digest(rows) -> str: return hashlib.sha256("\n".join(rows["id"]).encode()).hexdigest()[:16]
+def digest(rows) -> str:
+    "A hash of the records of encoded rows and, where they have some, of their weights."
+    weights = rows["loss_weights"] if "loss_weights" in rows.column_names else []
+    return hashlib.sha256("\n".join([*rows["id"], *map(str, weights)]).encode()).hexdigest()[:16]
 
 def keep_start(out: Path, start: dict, resume: bool) -> None:
     "Keep what a training starts with in `out`. Raises where checkpoints of another start are there."
