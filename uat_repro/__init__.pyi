@@ -1,4 +1,4 @@
-"""The public names for those who read without running: type checkers and editors. At run time they load on first use."""
+"""The public names for type checkers and editors, which read and do not run: at run time they load on first use."""
 from .records import load_records as load_records, to_messages as to_messages
 from .tokens import (
     Collator as Collator, LengthSampler as LengthSampler, encode as encode, encode_all as encode_all,
