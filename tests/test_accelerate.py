@@ -2,8 +2,10 @@
 import json, os, socket, subprocess, sys
 from importlib.resources import files
 
-import pytest
+import pytest, torch
 from accelerate.commands.config.config_args import load_config_from_file
+
+from uat_repro.models import load_model
 
 CONFIGS = files("uat_repro")/"workflow"/"accelerate"
 
@@ -19,18 +21,38 @@ def test_the_output_layer_stays_whole_under_fsdp():
     assert (fsdp["fsdp_version"], fsdp["fsdp_reshard_after_forward"]) == (2, False)
 
 
-def test_two_processes_train_with_the_configuration_for_ddp(tmp_path):
-    mine = tmp_path/"mine.jsonl"
+PRETEND = """
+import os
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from uat_repro.cli import main
+
+os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+main()
+"""  # processes as on two GPUs, for accelerate leaves FSDP out where there is none
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_two_processes_train_with_a_configuration(name, tmp_path):
+    mine, script = tmp_path/"mine.jsonl", tmp_path/"pretend.py"
     rows = [dict(instruction=f"Count to {i}", input="", output=" ".join(map(str, range(i)))) for i in range(1, 41)]
     mine.write_text("\n".join(map(json.dumps, rows)))
+    script.write_text(PRETEND)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    flags = ["--config_file", str(CONFIGS/"ddp.yaml"), "--num_processes", "2", "--main_process_port", str(port)]
-    train = ["train", str(mine), "--model", "tiny-llama", "--documents", "16", "--batch-size", "4",
+    flags = ["--config_file", str(CONFIGS/f"{name}.yaml"), "--num_processes", "2", "--main_process_port", str(port)]
+    train = ["--debug", "train", str(mine), "--model", "tiny-llama", "--documents", "16", "--batch-size", "4",
              "--out", str(tmp_path/"out")]
-    call = [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", "uat_repro.cli", *train]
+    program = ["-m", "uat_repro.cli"] if name == "ddp" else [str(script)]
+    call = [sys.executable, "-m", "accelerate.commands.launch", *flags, *program, *train]
     done = subprocess.run(call, capture_output=True, text=True, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((tmp_path/"out/result.json").read_text())["steps"] == 2  # 16 documents, 4 on each of 2 processes
+    found = json.loads((tmp_path/"out/result.json").read_text())
+    assert found["steps"] == 2  # 16 documents, 4 on each of 2 processes
+    assert found["loss_after"] < found["loss_before"]
+    initial, trained = (load_model(x)[0].state_dict() for x in ("tiny-llama", str(tmp_path/"out/model")))
+    assert {k: v.shape for k, v in trained.items()} == {k: v.shape for k, v in initial.items()}
+    assert not any(torch.equal(v, initial[k]) for k, v in trained.items() if k.endswith("o_proj.weight"))

@@ -59,12 +59,13 @@ def test_another_division_into_files_does_not_keep_them(tmp_path, monkeypatch):
 
 
 def _cut(file): file.write_bytes(file.read_bytes()[:-8])
+def _flip(file): file.write_bytes((whole := file.read_bytes())[:-9] + bytes([whole[-9] ^ 4]) + whole[-8:])
 def _empty(file): file.write_bytes(b"")
 def _without_label(file): save_file(load_file(file), file)
 def _short(file): save_file(dict(states=load_file(file)["states"][:-1].clone()), file, dict(identity="x"))
 
 
-@pytest.mark.parametrize("damage", [_cut, _empty, _without_label, _short])
+@pytest.mark.parametrize("damage", [_cut, _flip, _empty, _without_label, _short])
 def test_a_damaged_file_is_named_and_made_again(tmp_path, damage):
     model = tiny_model()
     HiddenCache.build(model, ROWS, tmp_path)

@@ -1,15 +1,18 @@
 """The command line starts fast, and a script can rely on its exit status."""
-import json, subprocess, sys
+import json, os, subprocess, sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from uat_repro import _doctor, _tasks, cli, workflow
 from uat_repro.masking import select_tokens
 from uat_repro.models import load_model
-from uat_repro.results import result_files, write_json
+from uat_repro._files import file_hash
+from uat_repro.results import read_json, result_files, write_json
 from uat_repro.workflow import load_profile
 
 
@@ -130,3 +133,79 @@ def test_no_text_of_a_record_reaches_the_terminal_or_the_page_as_it_is(tmp_path,
     assert "\x1b" not in out + page and "records of largest mean loss" in out
     assert "2 of the 2 records of largest loss begin alike: '</script><img" in out
     assert page.count("</script>") == 2 and "<img" not in page
+
+
+def sums(path, count=40):
+    "A file of so many little sums."
+    path.write_text("\n".join(json.dumps(dict(question=f"{i} + {i}?", answer=f"{2 * i}")) for i in range(count)))
+
+
+def test_what_is_typed_wins_over_a_file_of_arguments(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sums(tmp_path / "sums.jsonl", 4)
+    asked = []
+    monkeypatch.setattr(_tasks, "run_training", asked.append)
+    (tmp_path / "mine.yaml").write_text("dataset: sums.jsonl\nlearning-rate: 1e-5\nepochs: 3\nlora: true\n")
+    assert cli.main(["train", "--config", "mine.yaml", "--epochs", "2", "--out", "new"]) == 0
+    assert (asked[0].dataset, asked[0].learning_rate, asked[0].epochs, asked[0].lora) == ("sums.jsonl", 1e-5, 2., True)
+    _tasks.keep_config(asked[0])
+    assert cli.main(["train", "--config", "new/config.yaml", "--out", "other"]) == 0
+    assert {name for name, value in vars(asked[1]).items() if value != vars(asked[0])[name]} == {"config", "out"}
+    assert str(tmp_path) not in (tmp_path / "new/config.yaml").read_text()
+
+
+@pytest.mark.parametrize("text, status, said", [
+    ("learning_rat: 1", 1, "mine.yaml has 'learning_rat': did you mean 'learning_rate'?"),
+    ("config: other.yaml", 1, "mine.yaml has 'config'"),
+    ("epochs: many", 2, "--epochs"),
+    ("batch_size: 0", 2, "--batch-size"),
+    ("- epochs", 1, "holds a list"),
+    ("{", 1, "no valid YAML")])
+def test_a_file_of_arguments_is_checked_like_the_command_line(text, status, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(text)
+    assert cli.main(["train", "gsm8k", "--config", "mine.yaml"]) == status
+    assert said in capsys.readouterr().err
+
+
+def test_claims_as_json_are_those_of_the_table(capsys):
+    reference = str(Path(__file__).resolve().parents[1] / "reference/cpu")
+    assert cli.main(["claims", reference, "--json"]) == 0
+    claims = {c["id"]: c for c in json.loads(capsys.readouterr().out)["claims"]}
+    assert cli.main(["claims", reference]) == 0
+    table = capsys.readouterr().out
+    assert all(f"| {id} |" in table for id in claims) and f"**{claims['C3']['findings'][0]['verdict']}**" in table
+
+
+def test_a_shell_completes_commands_and_options():
+    for words, found in ("uat-repro tr", "train"), ("uat-repro train --lea", "--learning-rate"):
+        env = os.environ | dict(_UAT_REPRO_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(words.count(" ")))
+        p = subprocess.run([sys.executable, "-m", "uat_repro.cli"], env=env, capture_output=True, text=True)
+        assert found in p.stdout.split(), p.stderr
+
+
+def test_a_model_goes_to_the_hub_with_a_card_that_names_no_place_of_this_machine(tmp_path, monkeypatch):
+    sums(tmp_path / "sums.jsonl")
+    calls = []
+    for name in ("whoami", "create_repo", "upload_folder", "upload_file"):
+        monkeypatch.setattr(_tasks.hub, name, lambda *args, name=name, **given: calls.append((name, args, given)))
+    asked = ["train", str(tmp_path / "sums.jsonl"), "--model", "tiny-llama", "--objective", "masked_mle", "--lora",
+             "--out", str(tmp_path / "out"), "--push-to-hub", "someone/sums"]
+    assert cli.main(asked) == 0
+    assert [name for name, *_ in calls] == ["whoami", "create_repo", "upload_folder", "upload_file"]
+    assert calls[1][1:] == (("someone/sums",), dict(private=True, exist_ok=True))
+    assert calls[2][2]["folder_path"] == tmp_path / "out/model" and calls[3][2]["path_in_repo"] == "README.md"
+    card, made = (tmp_path / "out/README.md").read_text(), read_json(tmp_path / "out/result.json")
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["library_name"] == "peft" and str(tmp_path) not in card and "push_to_hub" not in card
+    for said in (file_hash(tmp_path / "sums.jsonl"), *made["manifest"]["data"].values(), "| keep | 0.25 |",
+                 f"| {made['loss_before']:.3f} | {made['loss_after']:.3f} |", made["manifest"]["versions"]["torch"]):
+        assert said in card
+
+
+def test_a_missing_login_is_told_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(_tasks, "load", None)
+    def whoami(): raise OSError("no token found: log in by `hf auth login`")
+    monkeypatch.setattr(_tasks.hub, "whoami", whoami)
+    assert cli.main(["train", "gsm8k", "--out", str(tmp_path), "--push-to-hub", "someone/sums"]) == 1
+    assert "hf auth login" in capsys.readouterr().err

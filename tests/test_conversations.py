@@ -16,7 +16,8 @@ text = st.lists(piece, max_size=4).map(" ".join) | st.builds(str.__mul__, piece,
 value = text | st.none() | st.integers() | st.floats() | st.booleans()
 wrong = st.lists(text, min_size=1, max_size=2) | st.dictionaries(text, text, min_size=1, max_size=1)
 role = st.sampled_from(["user", "assistant", "human", "gpt", "system"])
-marks = st.dictionaries(st.sampled_from(["weight", "train"]), st.sampled_from([0, 1, None, 1.0, True]), max_size=1)
+mark = st.sampled_from([0, 1, None, 1.0, True, .5, 2])
+marks = st.dictionaries(st.sampled_from(["weight", "train"]), mark, max_size=2)
 
 
 def turn(who, said):
@@ -70,7 +71,7 @@ def test_labels(name, record):
     tokenizer, end, messages = TOKENIZERS[name], TEMPLATES[name][2], usable(record)
     if messages is None: return
     spoken = [m for m in messages if m["role"] == "assistant"]
-    learned = [m for m in spoken[-(name == "rewrites"):] if m.get("train", True)]
+    learned = [m for m in spoken[-(name == "rewrites"):] if m.get("weight", 1)]
     try: row = encode(record, tokenizer)
     except ValueError as e:
         assert str(e).startswith("record ") and "\n" not in str(e)

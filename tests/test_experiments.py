@@ -41,3 +41,4 @@ def test_the_same_run_leaves_the_same_files_bit_for_bit(tmp_path):
     go("why_documents", "why_documents", prepared=prepared)
     go("why_curriculum", "why_curriculum", prepared=prepared, uncertainty=uncertainty)
     go("why_combined", "why_combined", prepared=prepared, others=others)
+    go("answers", "answers", prepared=prepared, arms=dict(mle={}, combined={}), problems=3)

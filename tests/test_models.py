@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest, torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from uat_repro import _weights, models
 from uat_repro.models import FAMILIES, Family, head_of, hidden_states, tiny_model, tiny_tokenizer, unwrap
@@ -141,3 +141,32 @@ def test_an_output_layer_that_is_not_here_is_refused():
     for gone in torch.empty(0), torch.empty(8):
         model.lm_head.weight = nn.Parameter(gone)
         with pytest.raises(ValueError, match="FSDP1 and ZeRO-3 are not supported"): head_of(model)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma2"])
+def test_documents_share_a_row_where_that_is_faster(name, device, monkeypatch):
+    "On the CPU. On a GPU without flash attention they are padded."
+    model, rows = tiny_model(name), set()
+    texts = ["Short.", "A document that is a good deal longer than a window of sixteen.", "Of middling length, say."]
+    padded = tiny_tokenizer()(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
+    real = padded["attention_mask"].bool()
+    packed = dict(input_ids=padded["input_ids"][real][None], position_ids=(real.cumsum(1) - 1)[real][None])
+    alone = torch.cat([hidden_states(model, dict(input_ids=ids[mask][None]))[0]
+                       for ids, mask in zip(padded["input_ids"], real)])
+    monkeypatch.setattr(PreTrainedModel, "device", torch.device(device))
+    models._takes_documents(model.get_decoder())  # tried before rows are counted
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: rows.add(len(args[0])))
+    for states in (hidden_states(model, padded)[real], hidden_states(model, packed)[0]):
+        torch.testing.assert_close(states, alone, atol=1e-5, rtol=1e-4)
+    assert rows == {dict(cpu=1, cuda=3)[device]}
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2"])
+def test_flash_attention_finds_documents_on_a_gpu(attention, monkeypatch):
+    monkeypatch.setattr(PreTrainedModel, "device", torch.device("cuda"))
+    monkeypatch.setattr(models, "_once", lambda trial, model: True)
+    decoder = tiny_model().get_decoder()
+    decoder.config._attn_implementation = attention
+    assert models._takes_documents(decoder)
+    with models._by_document(decoder, torch.tensor([[0, 1, 0]])) as more: assert more == {}

@@ -64,8 +64,7 @@ def test_figures_leave_no_trace_in_pyplot_or_settings():
     import matplotlib.pyplot as plt
     before, size = plt.get_fignums(), mpl.rcParams["font.size"]
     plot_gains(effects())
-    plot_tradeoff(pd.DataFrame([dict(trained_on="a", regime="r", checkpoint="last", objective=o, id=.1 * s, ood=-.1)
-                                for o in ("mle", "combined") for s in (0, 1)]))
+    plot_tradeoff(pd.concat([effects().assign(role=role) for role in ("id", "ood")]))
     one = dict(model="m", dataset="d", uncertainty="total", score="loss", estimate=.1, low=0., high=.2)
     plot_correlations(pd.DataFrame([one]))
     assert plt.get_fignums() == before and mpl.rcParams["font.size"] == size

@@ -33,7 +33,9 @@ def test_messages_are_a_format_too(sample):
     ({"text": "plain"}, "no known format"), (["plain"], "no known format"), (7, "no known format"),
     ({"messages": ["plain"]}, "no known format"), ({"conversations": None}, "no known format"),
     ({"instruction": "Go", "output": ""}, "no response"), ({"question": "Why?"}, "'question': 'Why?'"),
-    ({"messages": [{"role": "tool", "content": "4"}]}, "turn by 'tool'"),
+    ({"messages": [{"role": "tool", "content": "4"}]}, "turn by 'tool'"), ({"messages": "[" * 10**5}, "its 'messages'"),
+    ({"instruction": "Go", "output": "ok", "history": ["ab", "cd"]}, "its 'instruction' (or history)"),
+    ({"instruction": "Go", "output": "ok", "history": [["a", "b", "c"]]}, "its 'instruction' (or history)"),
     ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "that is list, not text")])
 def test_unusable_records(record, complaint): fails(complaint, call=lambda: to_messages(record))
 
@@ -51,6 +53,12 @@ ASKED = [("user", "2 + 2?"), ("assistant", "4")]
     ({"instruction": "2 + 2?", "context": "C", "response": "4"}, [("user", "2 + 2?\n\nC"), ASKED[1]]),
     ({"system_prompt": "S", "question": "2 + 2?", "response": "4"}, [("system", "S"), *ASKED]),
     ({"instruction": "2 + 2?", "input": float("nan"), "output": "4", "system": None, "history": None}, ASKED),
+    ({"instruction": "2 + 2?", "output": "4", "history": CHAT["messages"][1:]}, [
+        ("user", "Hi"), ("assistant", "Hé 👋"), *ASKED]),
+    ({"instruction": "2 + 2?", "output": "4", "history": '[["Hi", "Hello"]]'}, [
+        ("user", "Hi"), ("assistant", "Hello"), *ASKED]),
+    ({"messages": None, "conversations": [], "question": "2 + 2?", "answer": "4"}, ASKED),
+    ({"messages": '[{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]'}, ASKED),
     ({"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": 4.5}]},
      [ASKED[0], ("assistant", "4.5")]),
     ({"question": "2 + 2?", "answer": "4 \ud83d\ude00 \ud83d"}, [ASKED[0], ("assistant", "4 😀 \ufffd")])])
@@ -62,11 +70,15 @@ def test_marks_and_reasoning_of_a_turn():
     def answer(**fields): return to_messages({"messages": [
         {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4", **fields}]})[-1]
     for mark in {"weight": 0}, {"train": False}, {"loss": False}, {"weight": 1, "train": False}:
-        assert answer(**mark) == {"role": "assistant", "content": "4", "train": False}
+        assert answer(**mark) == {"role": "assistant", "content": "4", "weight": 0}
     assert answer(weight=1, train=None, loss=float("nan")) == {"role": "assistant", "content": "4"}
+    assert answer(weight=.5, loss=3) == {"role": "assistant", "content": "4", "weight": 1.5}
     for field in "reasoning_content", "thinking", "reasoning":
         assert answer(**{field: " two and two\n"})["reasoning_content"] == "two and two"
-    fails("[0.5]", "give 0 or 1", call=lambda: answer(weight=.5))
+        assert "reasoning_content" not in answer(**{field: " \n"})
+        fails("reasoning that is list", call=lambda: answer(**{field: ["two and two"]}))
+    for wrong in -1, float("inf"), "0.5", [1]:
+        fails("record ", f"has the weight {wrong!r}: give a number of at least 0", call=lambda: answer(weight=wrong))
     for content in "Let me look.", None:
         fails("tool calls, which are not read", call=lambda: answer(content=content, tool_calls=[{"function": {}}]))
     plain, marked = (record_id(to_messages(GSM8K)[:1] + [answer(**mark)]) for mark in ({}, {"train": False}))
@@ -77,6 +89,11 @@ def test_fields_that_nobody_reads_are_named_once(tmp_path, caplog):
     path = write(tmp_path / "mine.jsonl", [dict(ALPACA, category="qa", id=str(i), output=str(i)) for i in range(3)])
     with caplog.at_level(logging.WARNING): assert len(load_records(path, "all")) == 3
     assert [r.getMessage() for r in caplog.records] == [f"{path}: field 'category' is not read"]
+    turns = [dict(turn, images=["a.png"], name=None) for turn in CHAT["messages"]]
+    path = write(tmp_path / "turns.jsonl", [dict(messages=turns), dict(messages=turns[1:])])
+    caplog.clear()
+    with caplog.at_level(logging.WARNING): assert len(load_records(path, "all")) == 2
+    assert [r.getMessage() for r in caplog.records] == [f"{path}: field 'turn.images' is not read"]
     fails("no response (fields that are not read: target)", call=lambda: to_messages({"question": "?", "target": "4"}))
 
 
@@ -136,6 +153,11 @@ def test_repeated_records_are_kept_once(tmp_path):
     records = load_records(path, "all")
     assert [r["source"] for r in records] == ["mine"] * 2 and [*records[0]] == ["id", "messages", "source"]
     assert records[1]["messages"] == to_messages(GSM8K)
+
+
+def test_a_cluster_that_is_no_number_is_no_cluster(tmp_path):
+    path = write(tmp_path / "mine.jsonl", [dict(GSM8K, cluster=mark) for mark in (True, "a", None, 2.5)])
+    assert [*load_records(path, "all")[0]] == ["id", "messages", "source"]
 
 
 def test_environment_names_the_folder(tmp_path, monkeypatch):
@@ -242,6 +264,8 @@ def fail(note): raise AssertionError(note)
 def test_objects_over_several_lines(tmp_path):
     (tmp_path / "x.json").write_text("\n".join(json.dumps(r, indent=2) for r in (ALPACA, CHAT, GSM8K)) + "\n")
     assert [record for _, record in _read(tmp_path / "x.json", fail)] == [ALPACA, CHAT, GSM8K]
+    (tmp_path / "x.json").write_text('{"question":\n"2 + 2?",\n"answer": "4"}')
+    assert [record for _, record in _read(tmp_path / "x.json", fail)] == [dict(question="2 + 2?", answer="4")]
 
 
 def test_a_limit_reads_no_more_of_an_array_on_one_line(tmp_path):
@@ -258,6 +282,28 @@ def test_files_that_are_no_list_of_records(tmp_path):
     fails("not UTF-8", call=lambda: list(_read(path, print)))
     path.write_text("[1]\n[2]")
     fails("after the list has ended", call=lambda: list(_read(path, print)))
+
+
+def test_tables_as_people_have_them(tmp_path):
+    def read(text, name="x.csv"):
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        return [record for _, record in _read(tmp_path / name, fail)]
+    pair = dict(question="2 + 2?", answer="4")
+    assert read(",question,answer\n0,2 + 2?,4\n") == [pair]  # pandas' index has no name
+    assert read("\ufeffquestion,answer\r\n2 + 2?,4\r\n") == [pair]
+    assert read(f"question,answer\n2 + 2?,{'4' * 200_000}\n")[0]["answer"] == "4" * 200_000
+    fails("x.csv", "same name", call=lambda: read("question,answer,answer\n2 + 2?,4,5\n"))
+    with pytest.raises(AssertionError, match="x.csv, after line 1: not valid CSV"):
+        read('question,answer\n2 + 2?,"4\n3 + 3?,6\n')
+    Dataset.from_list([dict(question=f"{i}?", answer="so") for i in range(5000)]).to_parquet(tmp_path / "y.parquet")
+    whole = (tmp_path / "y.parquet").read_bytes()
+    fails("x.parquet is damaged", call=lambda: read(whole[:2000] + b"\xff" * 4 + whole[2004:], "x.parquet"))
+
+
+def test_a_folder_named_like_a_file_is_no_file(tmp_path):
+    (tmp_path / "alpaca_test.json").mkdir()
+    write(tmp_path / "alpaca.jsonl", [ALPACA])
+    assert len(load_records("alpaca", "all", data_dir=tmp_path)) == 1
 
 
 def test_records_without_a_response(tmp_path):

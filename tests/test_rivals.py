@@ -64,19 +64,78 @@ def eaft(log_p, reference):
     return (-(p * p.log()).sum(-1) / math.log(20) * of_labels(log_p)).mean()
 
 
+def profit(log_p, reference):
+    "Liu et al. 2026 (2601.09195): tokens with a probability below 0.1 carry no label."
+    loss = of_labels(log_p)
+    known = (-loss.detach()).exp() >= .1
+    assert 0 < known.sum() < len(known)
+    return loss[known].mean()
+
+
+def iw_sft(log_p, reference):
+    "Qin and Springenberg 2025: each text's losses times exp(mean log ratio) of that text, in [0, 16]."
+    loss, total, first = of_labels(log_p), 0, 0
+    for length in valid.sum(1).tolist():
+        own, other = (x[first:first + length] for x in (loss, of_labels(reference)))
+        ratio = math.exp((other - own).mean().item())
+        total, first = total + min(ratio, 16) * own.sum(), first + length
+    return total / len(loss)
+
+
+def p10(log_p, reference):
+    "Li et al. 2025 (2510.00526): (1 - p^k) / k in place of the loss, k = 10."
+    return ((1 - (-10 * of_labels(log_p)).exp()) / 10).mean()
+
+
+def psft(log_p, reference):
+    "Zhu et al. 2025 (2508.17784): the objective of PPO, with an advantage of 1."
+    ratio = (of_labels(reference) - of_labels(log_p)).exp()
+    assert 0 < (ratio > 1.28).sum() < len(ratio)
+    return -torch.minimum(ratio, ratio.clamp(1 - .2, 1 + .28)).mean()
+
+
+STEPS = {"p10": (80, 0), "psft": (8, 6)}  # of training: enough to be sure, and to go beyond the clip
+BY_GRADIENT = [p10, psft]  # functions of p, whose gradient is that of a weighted loss: the values are others
+
+
 @pytest.mark.parametrize("family", TINY)
-@pytest.mark.parametrize("formula", [rho1, stm, dft, asft, eaft], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("formula", [rho1, stm, dft, asft, eaft, profit, iw_sft, p10, psft], ids=lambda f: f.__name__)
 def test_preset_is_the_formula_of_its_paper(family, formula):
-    student, reference = learnt(family, 8), learnt(family, 8).double()
-    teacher = FrozenTeacher(learnt(family, 35 if family == "tiny-gemma2" else 12))
+    steps, before = STEPS.get(formula.__name__, (8, 35 if family == "tiny-gemma2" else 12))
+    student, reference = learnt(family, steps), learnt(family, steps).double()
+    teacher = FrozenTeacher(learnt(family, before))
     out = Objective.preset(formula.__name__)(student, batch, teacher=teacher)
     out.loss.backward()
     loss = formula(log_probs(reference), log_probs(teacher.model.double()).detach())
     loss.backward()
-    torch.testing.assert_close(out.loss.double(), loss, atol=1e-5, rtol=1e-5)
+    if formula not in BY_GRADIENT: torch.testing.assert_close(out.loss.double(), loss, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(flat_grad(student).double(), flat_grad(reference), atol=1e-4, rtol=1e-3)
+    assert flat_grad(reference).abs().max() > 1e-3
+
+
+QUANTILE = {"loss": of_labels, "entropy": lambda log_p: -(log_p.exp() * log_p).sum(-1)}
+
+
+@pytest.mark.parametrize("metric", QUANTILE)
+def test_eslm_is_a_setting(metric):
+    "Bal et al. 2025 (2505.19893): the mean loss of the tokens whose score reaches its quantile in the batch."
+    student, log_p = tiny_model(), log_probs(tiny_model())
+    scores = QUANTILE[metric](log_p)
+    chosen = scores >= scores.sort().values[-math.ceil(.1 * len(scores))]
+    out = Objective(metric=metric, keep=.1)(student, batch)
+    torch.testing.assert_close(out.loss.double(), of_labels(log_p)[chosen].mean(), atol=1e-5, rtol=1e-5)
+
+
+def test_thresholds_of_other_powers_are_settings():
+    "Li et al. 2025: (1 - p) [p >= q] has the gradient of DFT with a threshold."
+    student, reference, q = learnt("tiny-llama", 8), learnt("tiny-llama", 8).double(), .1
+    Objective.preset("dft", order="bottom", threshold=-math.log(q))(student, batch).loss.backward()
+    p = (-of_labels(log_probs(reference))).exp()
+    assert 0 < (p >= q).sum() < len(p)
+    (1 - p)[p >= q].mean().backward()
     torch.testing.assert_close(flat_grad(student).double(), flat_grad(reference), atol=1e-4, rtol=1e-3)
 
 
 def test_a_rule_that_needs_a_second_model_says_so():
-    for name in ("rho1", "stm", "asft"):
+    for name in ("rho1", "stm", "asft", "iw_sft", "psft"):
         with pytest.raises(ValueError, match="pass teacher="): Objective.preset(name)(tiny_model(), batch)

@@ -217,6 +217,12 @@ def test_templates_that_lose_the_answer(caplog):
     fails("rewrites its text", call=lambda: encode(ALPACA, shouting))
 
 
+@pytest.mark.parametrize("fault", ["{{ 1 / 0 }}", "{{ messages[0]['content'] + 1 }}", "{{ raise_exception('no\nway') }}", "{% for"])
+def test_a_template_that_fails_is_named_with_the_record(fault):
+    fails("record 'x1': it is refused by the chat template", call=lambda: encode(
+        dict(ALPACA, id="x1"), tiny(fault + CHATML, MARKS)))
+
+
 def test_the_date_of_a_template_never_changes():
     for write in "{{ date_string }}", "{{ strftime_now('%d %b %Y') }}":
         tokenizer = tiny(write + CHATML, MARKS)
@@ -264,6 +270,16 @@ def test_encode_all_counts_what_it_leaves_out(smollm2, caplog):
     left_out = "left out 2 of 3 records: 2 no room for a response in max_length=100 (--max-length)"
     assert [r.getMessage() for r in caplog.records] == [left_out]
     fails("none of 1 records", call=lambda: encode_all([wordy], smollm2, max_length=100))
+
+
+def test_special_tokens_in_a_text_are_counted(caplog):
+    "They are control tokens, as in `apply_chat_template`; labels go on to the real end of the turn."
+    tokenizer = tiny(*TEMPLATES["chatml"][:2])
+    record = {"question": "What is <|im_start|>assistant\nno<|im_end|>?", "answer": "It is <|im_end|> here."}
+    with caplog.at_level(logging.WARNING): rows = encode_all([record, ALPACA], tokenizer)
+    assert "1 of 2 records hold special tokens in their texts, such as <|im_" in caplog.text
+    assert rows[0]["input_ids"] == whole(record, tokenizer)
+    assert answers(rows[0], tokenizer) == ["It is <|im_end|> here.<|im_end|>"]
 
 
 def test_too_long_responses(smollm2, caplog):

@@ -11,7 +11,8 @@ from examples import flat_grad, rows, tokenizer
 from uat_repro.tokens import Collator
 from uat_repro.distillation import FrozenTeacher
 from uat_repro.models import tiny_model
-from uat_repro.objective import Objective, as_compute_loss_func
+from uat_repro.compute_loss import as_compute_loss_func
+from uat_repro.objective import Objective
 from uat_repro.training import UncertaintyAwareTrainer
 
 collate = Collator(tokenizer)

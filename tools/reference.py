@@ -16,8 +16,8 @@ def keep(results: Path, reference: Path) -> None:
     shutil.rmtree(reference, ignore_errors=True)
     reference.mkdir(parents=True)
     if (results / "figures").exists(): shutil.copytree(results / "figures", reference / "figures")
-    for name in ("profile.json", "manifest.json"):
-        if (results / name).exists(): shutil.copy(results / name, reference)
+    for file in (f for name in ("profile.json", "manifest.json", "gpu_check.*") for f in results.glob(name)):
+        shutil.copy(file, reference)
     write_claims(judge_folder(results), reference, label)
     for name, table in gather(results).items():  # of all runs, one below the other
         table.to_parquet(reference / f"{name}.parquet", index=False, compression="zstd")

@@ -12,9 +12,11 @@ _MODULES = {
     "uncertainty": ("Decomposition", "Ensemble", "MCDropout", "TokenUncertainty", "decompose", "score_tokens"),
     "masking": ("select_tokens",),
     "distillation": ("AdapterTeacher", "CachedTeacher", "FrozenTeacher"),
-    "objective": ("METRICS", "WEIGHTS", "Metric", "Objective", "ObjectiveOutput", "Weight", "as_compute_loss_func"),
+    "objective": ("METRICS", "WEIGHTS", "Metric", "Objective", "ObjectiveOutput", "Weight"),
+    "compute_loss": ("as_compute_loss_func",),
     "training": ("AtSteps", "TokenLog", "UncertaintyAwareTrainer"),
     "evaluation": ("evaluate", "measure_baseline"),
+    "answers": ("exact_match", "join_layers"),
 }
 _OPTIONAL = {"sft": ("UncertaintyAwareSFTTrainer",)}  # needs trl, so `import *` leaves it out
 _HOME = {name: module for module, names in (_MODULES | _OPTIONAL).items() for name in names}

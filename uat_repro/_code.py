@@ -40,7 +40,7 @@ def parameters_text(
 
 # %% ../nbs/api/17a_code.ipynb #17a-code-08
 PACKAGE = Path(str(files("uat_repro")))
-_STARTERS = {"__init__", "_modidx", "_doctor", "_tasks", "cli", "workflow"}  # modules that change no result
+_STARTERS = {"__init__", "_modidx", "_arguments", "_card", "_doctor", "_tasks", "cli", "workflow"}  # change no result
 
 @cache
 def _read_code(source: str, known: frozenset[str]) -> tuple[str, set[str]]:

@@ -8,7 +8,7 @@ Docs: https://uat-repro.github.io/uat-repro/api/files.html.md"""
 __all__ = ['ENDINGS', 'files_of', 'read_values', 'file_hash']
 
 # %% ../nbs/api/00a_files.ipynb #00a-files-03
-import csv, gzip, hashlib, json, re, zlib
+import csv, gzip, hashlib, io, json, re, zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,9 +28,15 @@ def _element(text: str, at: int, opening: str) -> tuple[int, object, int | None]
     return gap.end(), *_decode(text, gap.end())
 
 # %% ../nbs/api/00a_files.ipynb #00a-files-11
+def _zstandard(path: Path, mode: str, **how):
+    "Open a file that is compressed by Zstandard, for text or for bytes."
+    from pyarrow import input_stream  # takes a third of a second
+    stream = input_stream(str(path), compression="zstd")
+    return io.TextIOWrapper(stream, **how) if mode == "rt" else stream
+
 def _open(path: Path):
-    "Open a text file, compressed by gzip or not, in the encoding that its first bytes tell."
-    opener = gzip.open if path.suffix == ".gz" else open
+    "Open a text file, compressed or not, in the encoding that its first bytes tell."
+    opener = {".gz": gzip.open, ".zst": _zstandard}.get(path.suffix, open)
     with opener(path, "rb") as file: encoding = json.detect_encoding(file.read(4))
     return opener(path, "rt", encoding=encoding, newline="" if ".csv" in path.suffixes else None)
 
@@ -83,33 +89,43 @@ def _json(path: Path, complain: Callable[[str], None]) -> Iterator[tuple[int, ob
     "The values of a file of JSON: of an array, of lines, or of objects one after the other."
     with _open(path) as file:
         while (first := file.read(1)).isspace(): pass
-        goes_on = first == "{" and (first + file.readline()).rstrip()[-1] in "{[,"
+        goes_on = first == "{" and (first + file.readline()).rstrip()[-1] in "{[,:"
     return _elements(path) if first == "[" else _objects(path) if goes_on else _lines(path, complain)
 
 # %% ../nbs/api/00a_files.ipynb #00a-files-23
-ENDINGS = ".json", ".jsonl", ".csv", ".json.gz", ".jsonl.gz", ".csv.gz", ".parquet"
+ENDINGS = tuple(text + how for how in ("", ".gz", ".zst") for text in (".json", ".jsonl", ".csv")) + (".parquet",)
 
 def files_of(
     name: str,  # name of a data set
     folder: str | Path,  # folder of files
 ) -> list[Path]:  # in the order of their names
     "The files of a data set: their names begin with its name, and have one of the `ENDINGS`."
-    return sorted(path for path in Path(folder).glob(f"{name}*") if path.name.endswith(ENDINGS))
+    return sorted(path for path in Path(folder).glob(f"{name}*") if path.name.endswith(ENDINGS) and not path.is_dir())
 
 def _csv(path: Path, complain: Callable[[str], None]) -> Iterator[tuple[int, dict]]:
     "The rows of a CSV file, whose first line names the columns, each with the line in which it ends."
+    csv.field_size_limit(2**31 - 1)  # of 131,072 characters otherwise; the same for all readers of this process
     with _open(path) as file:
-        rows = csv.DictReader(file, restkey="")
-        for row in rows:
-            if "" not in row: yield rows.line_num, row
-            else: complain(f"{path}, line {rows.line_num}: more columns than the {len(row) - 1} of the first line")
+        rows = csv.DictReader(file, strict=True)
+        names = [*filter(None, rows.fieldnames or [])]
+        if len({*names}) < len(names): raise ValueError(f"{path}: two columns have the same name: rename one of them")
+        while True:
+            try: row = next(rows)
+            except StopIteration: return
+            except csv.Error as e: complain(f"{path}, after line {rows.line_num}: not valid CSV ({e})")
+            else:
+                if None in row: complain(f"{path}, line {rows.line_num}: more columns than the first line names")
+                else: yield rows.line_num, {name: row[name] for name in names}
 
 def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
     "The rows of a Parquet file, with their numbers."
-    from pyarrow import ArrowInvalid, parquet  # takes a third of a second
-    try: batches = parquet.ParquetFile(path).iter_batches(1000)
-    except ArrowInvalid as e: raise ValueError(f"{path} is damaged ({e}): download or write it again") from None
-    yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+    from pyarrow import ArrowException, parquet  # takes a third of a second
+    with open(path, "rb") as file:
+        try:
+            batches = parquet.ParquetFile(file).iter_batches(1000)
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+        except (ArrowException, OSError) as e:
+            raise ValueError(f"{path} is damaged ({e}): download or write it again") from None
 
 # %% ../nbs/api/00a_files.ipynb #00a-files-15
 def read_values(
@@ -124,6 +140,10 @@ def read_values(
     except EOFError as e: complain(str(e) if str(path) in str(e) else f"{path} is cut off")
     except (gzip.BadGzipFile, zlib.error) as e:
         raise ValueError(f"{path} is damaged ({e}): download or compress it again") from None
+    except OSError as e:
+        if path.suffix != ".zst": raise
+        if "Truncated" not in str(e): raise ValueError(f"{path} is damaged ({e}): compress it again") from None
+        complain(f"{path} is cut off")
     except RecursionError: complain(f"{path}: a value is nested too deeply: correct or remove it")
     except json.JSONDecodeError as e: complain(f"{path}, line {e.lineno}: not valid JSON ({e.msg})")
     except UnicodeDecodeError as e:

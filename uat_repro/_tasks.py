@@ -6,23 +6,27 @@ Docs: https://uat-repro.github.io/uat-repro/api/tasks.html.md"""
 
 # %% auto #0
 __all__ = ['load', 'read_rows', 'mark_selected', 'write_scores', 'least_sure', 'kind_of', 'selected_kinds', 'alike', 'harm',
-           'train_model', 'sides', 'second', 'digest', 'keep_start', 'keep_run']
+           'train_model', 'sides', 'second', 'digest', 'keep_start', 'keep_run', 'keep_config', 'keep_card',
+           'trainer_arguments', 'run_training']
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-03
-import hashlib, math, re, sys
+import hashlib, math, re, sys, time
+from dataclasses import asdict
 from pathlib import Path
 
-import pandas as pd
+import huggingface_hub as hub, pandas as pd, yaml
 from accelerate import PartialState
 from transformers import PrinterCallback, TrainingArguments
 
+from ._card import model_card
+from ._files import file_hash
 from .distillation import AdapterTeacher, FrozenTeacher
 from .masking import count_kept
-from .models import add_lora, load_model
+from .models import add_lora, load_model, weights_hash
 from .objective import Objective
 from .page import token_page
-from .records import NoRecords, load_records
-from .results import cost, read_json, write_frame, write_json, write_whole
+from .records import NoRecords, files_digest, load_records
+from .results import cost, manifest, read_json, write_frame, write_json, write_whole
 from .tokens import encode_all, use_template
 from .training import UncertaintyAwareTrainer
 
@@ -107,14 +111,15 @@ def train_model(model, tokenizer, rows, validation, objective: str, lora=False, 
         initial = AdapterTeacher if lora else FrozenTeacher
         teacher = initial(model) if reference is None else FrozenTeacher(reference)
     args = dict(save_strategy="no", report_to="none", logging_steps=1, lr_scheduler_type="cosine",
-                disable_tqdm=not sys.stderr.isatty()) | args
+                disable_tqdm=not sys.stderr.isatty(), eval_on_start=validation is not None) | args
     trainer = UncertaintyAwareTrainer(
         model=model, args=TrainingArguments(**args), objective=chosen, train_dataset=rows,
         teacher=teacher, eval_dataset=validation, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
-    def held_out_loss(): return None if validation is None else trainer.evaluate()["eval_loss"]
-    before, _, after = held_out_loss(), trainer.train(resume), held_out_loss()
-    return trainer, (before, after)
+    trainer.train(resume)  # it evaluates at its start, for FSDP divides a model together with its optimiser only
+    if validation is not None: trainer.evaluate()
+    losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line] or [None]
+    return trainer, (losses[0], losses[-1])
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-17
 def sides(read, documents: int) -> tuple:
@@ -131,13 +136,16 @@ def second(reference: str, tokenizer):
     raise ValueError(f"the reference {reference} has another tokenizer: give a model with the tokenizer of --model")
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-18b
-def digest(rows) -> str: return hashlib.sha256("\n".join(rows["id"]).encode()).hexdigest()[:16]
+def digest(rows) -> str:
+    "A hash of the records of encoded rows and, where they have some, of their weights."
+    weights = rows["loss_weights"] if "loss_weights" in rows.column_names else []
+    return hashlib.sha256("\n".join([*rows["id"], *map(str, weights)]).encode()).hexdigest()[:16]
 
 def keep_start(out: Path, start: dict, resume: bool) -> None:
     "Keep what a training starts with in `out`. Raises where checkpoints of another start are there."
     file = out / "start.json"
     if not resume and any(out.glob("checkpoint-*")):
-        raise ValueError(f"{out} holds checkpoints of an earlier start: go on from them by --resume, or give another --out")
+        raise ValueError(f"{out} holds checkpoints of an earlier start: go on by --resume, or give another --out")
     before = read_json(file) if resume and file.exists() else start
     if other := [name for name in start if before.get(name) != start[name]]:
         raise ValueError(f"the checkpoints in {out} were made with other values of {', '.join(other)}: "
@@ -155,3 +163,56 @@ def keep_run(out: Path, trainer, losses: tuple, about: dict, began: float) -> No
     write_json(out / "cost.json", cost(began))
     moved = "nothing held out" if before is None else f"validation loss {before:.3f} -> {after:.3f} nats per token"
     print(f"{moved} after {steps} steps: {out / 'model'}")
+
+# %% ../nbs/api/18b_tasks.ipynb #18b-tasks-35
+_HERE = {"config", "out", "data_dir", "resume", "push_to_hub"}  # arguments of `train` that say nothing about a run
+
+def keep_config(asked) -> None:
+    "Write the arguments of `train` to `config.yaml`, those with a default as well."
+    kept = {name: value for name, value in asdict(asked).items() if name not in _HERE and value is not None}
+    if PartialState().is_main_process: write_whole(asked.out / "config.yaml", yaml.safe_dump(kept, sort_keys=False))
+
+# %% ../nbs/api/18b_tasks.ipynb #18b-tasks-43
+def keep_card(asked) -> None:
+    "Write the model card of a finished run to `README.md`, and send model and card to the hub if that is wanted."
+    if not PartialState().is_main_process: return
+    made, arguments = read_json(asked.out / "result.json"), yaml.safe_load((asked.out / "config.yaml").read_text())
+    card = write_whole(asked.out / "README.md", model_card(made, arguments))
+    if asked.push_to_hub is None: return
+    hub.create_repo(asked.push_to_hub, private=True, exist_ok=True)
+    hub.upload_folder(repo_id=asked.push_to_hub, folder_path=asked.out / "model", ignore_patterns="README.md")
+    hub.upload_file(repo_id=asked.push_to_hub, path_or_fileobj=card, path_in_repo="README.md")
+    print(f"{asked.push_to_hub} has the model and its card")
+
+# %% ../nbs/api/18b_tasks.ipynb #18b-tasks-38
+def trainer_arguments(asked) -> dict:
+    "The arguments of `train` that are transformers' own, by their names there."
+    often = dict(save_strategy="steps", save_steps=asked.checkpoint_every) if asked.checkpoint_every else {}
+    return often | dict(
+        output_dir=str(asked.out), num_train_epochs=asked.epochs, seed=asked.seed, learning_rate=asked.learning_rate,
+        per_device_train_batch_size=asked.batch_size, per_device_eval_batch_size=asked.batch_size,
+        gradient_accumulation_steps=asked.accumulate, report_to=asked.report_to)
+
+# %% ../nbs/api/18b_tasks.ipynb #18b-tasks-40
+def run_training(asked) -> None:
+    "Load, read, train and keep, as the arguments of `train` say."
+    Objective.preset(asked.objective)  # a misspelt name is told before anything is loaded
+    if asked.push_to_hub: hub.whoami()  # and so is a missing login
+    began, (network, tokenizer) = time.time(), load(asked.model, asked.chat_template)
+    def read(part, limit):
+        return read_rows(asked.dataset, part, limit, asked.data_dir, asked.on_error, tokenizer, asked.max_length)
+    rows, held_out = sides(read, asked.documents)
+    name, spec, reference = Path(asked.dataset).stem, Path(asked.model).name, asked.reference
+    other = reference and second(reference, tokenizer)
+    made = manifest(asked.seed, {name: digest(rows)}, {spec: weights_hash(network)})
+    source = Path(asked.dataset)
+    about = dict(dataset=name, model=spec, objective=asked.objective, documents=len(rows), manifest=made,
+                 files=file_hash(source) if source.is_file() else files_digest(asked.dataset, asked.data_dir))
+    start = dict(data=made["data"], weights=made["weights"], objective=asked.objective, lora=asked.lora,
+                 seed=asked.seed, reference=reference and Path(reference).name)
+    keep_start(asked.out, start, asked.resume)
+    keep_config(asked)
+    trained = train_model(network, tokenizer, rows, held_out, asked.objective, asked.lora, other, asked.resume,
+                          **trainer_arguments(asked))
+    keep_run(asked.out, *trained, about, began)
+    keep_card(asked)

@@ -15,8 +15,6 @@ from itertools import accumulate
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
-from jinja2.exceptions import TemplateError
-
 _log = logging.getLogger(__name__)
 
 # %% ../nbs/api/01a_templates.ipynb #01a-templates-07
@@ -36,8 +34,8 @@ def render_chat(messages: list[dict], tokenizer, **kwargs) -> str | Mapping:
     template = tokenizer.get_chat_template()
     if "strftime_now" in template: kwargs["chat_template"] = _FIXED_NOW + template
     try: return tokenizer.apply_chat_template(messages, date_string=TEMPLATE_DATE, **kwargs)
-    except TemplateError as e:
-        reason = f"refused by the chat template ({e})"
+    except Exception as e:
+        reason = f"refused by the chat template ({' '.join(str(e).split())})"
         raise Unusable(f"it is {reason}: reshape or remove the record", reason) from None
 
 # %% ../nbs/api/01a_templates.ipynb #01a-templates-11
@@ -131,19 +129,20 @@ def _place(messages: list[dict], text: str, tokenizer) -> tuple[list[tuple], boo
     raise Unusable("the chat template rewrites its text: take another template, or remove the record",
                     "rewritten by the chat template")
 
-def label_chat(messages: list[dict], tokenizer) -> tuple[list[int], list[int], bool]:
-    "Token ids of a chat, its labels (the same ids on responses, -100 elsewhere), and whether all answers have them."
+def label_chat(messages: list[dict], tokenizer) -> tuple[list[int], list[int], list[float], bool]:
+    "Token ids of a chat, labels (the same ids on responses, -100 elsewhere), weights, and if all answers have labels."
     text = render_chat(messages, tokenizer, tokenize=False)
     spans, whole = _place(messages, text, tokenizer)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids, offsets, labels = encoded["input_ids"], encoded["offset_mapping"], [-100] * len(encoded["input_ids"])
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    weights = [0.0] * len(ids)
     for turn, begin, end in spans:
         first = bisect_right(offsets, begin, key=lambda pair: pair[1])
         last = bisect_left(offsets, end, key=lambda pair: pair[0])
-        if messages[turn].get("train", True): labels[first:last] = ids[first:last]
-    if all(label == -100 for label in labels):
+        weights[first:last] = [float(messages[turn].get("weight", 1))] * (last - first)
+    if not any(weights):
         raise Unusable("no turn of it is marked for training: mark one, or remove the record", "without a label")
-    return ids, labels, whole
+    return ids, [i if weight else -100 for i, weight in zip(ids, weights)], weights, whole
 
 # %% ../nbs/api/01a_templates.ipynb #01a-templates-20b
 PLAIN_TEMPLATE = (

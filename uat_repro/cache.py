@@ -88,16 +88,20 @@ def _labels(index: dict) -> list[dict[str, str]]:
     return [dict(identity=key, records=_key(part), rows=str(sum(lengths[r] for r in part))) for part in index["parts"]]
 
 # %% ../nbs/api/04_cache.ipynb #04-cache-25
-def _told(label: dict[str, str]) -> dict[str, str]:
-    return dict(label=json.dumps(label))  # one entry: safetensors writes several in a random order
+def _told(label: dict[str, str], states: Tensor) -> dict[str, str]:
+    "The metadata of a file with these states: its label and their hash."
+    digest = hashlib.sha256(states.contiguous().view(torch.uint8).numpy()).hexdigest()[:16]
+    return dict(label=json.dumps(label | dict(states=digest)))  # one entry: several come out in a random order
 
 def _fault(file: Path, label: dict[str, str]) -> str:  # empty if nothing is
     "What is wrong with a file that should carry this metadata."
     if not file.exists(): return "is missing"
     try:
-        with safe_open(file, "pt") as f: found, rows = f.metadata() or {}, f.get_slice("states").get_shape()[0]
-    except (SafetensorError, OSError): return "is damaged"
-    return "" if found == _told(label) and str(rows) == label["rows"] else "holds other states"
+        with safe_open(file, "pt") as f: metadata, states = f.metadata() or {}, f.get_tensor("states")
+        found = json.loads(metadata.get("label", "{}"))
+    except (SafetensorError, OSError, ValueError): return "is damaged"
+    if any(found.get(name) != label[name] for name in label): return "holds other states"
+    return "" if metadata == _told(label, states) else "is damaged"
 
 # %% ../nbs/api/04_cache.ipynb #04-cache-27
 def _replace(path: Path, write: Callable[[Path], None]):
@@ -114,7 +118,8 @@ def _fill(file: Path, label: dict, runner: nn.Module, rows: list, batch_size: in
     for start in range(0, len(rows), batch_size):
         states += compute_states(runner, rows[start:start + batch_size])
         bar.update(sum(len(row["input_ids"]) for row in rows[start:start + batch_size]))
-    _replace(file, lambda part: save_file(dict(states=torch.cat(states)), part, _told(label)))
+    whole = torch.cat(states)
+    _replace(file, lambda part: save_file(dict(states=whole), part, _told(label, whole)))
 
 # %% ../nbs/api/04_cache.ipynb #04-cache-31
 def _index_of(path: Path) -> dict | None:

@@ -9,28 +9,18 @@ __all__ = ['app', 'main', 'reproduce', 'plan', 'claims', 'status', 'verify', 'im
            'evaluate', 'cache']
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-03
-import importlib, sys, time
+import importlib, json, sys
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-# %% ../nbs/api/18_cli.ipynb #18-cli-06
-def _option(type_, *names: str, **how): return Annotated[type_, typer.Option(*names, **how)]
-
-_Dataset = Annotated[str, typer.Argument(help="alpaca, gsm8k, gsm_symbolic, sharegpt, or a JSON, CSV or Parquet file")]
-_Model = _option(str, help="Hub id, folder, .gguf file, or a name that doctor lists.")
-_Template = _option(str, help="plain, for base models, or a file of Jinja; the model's own if not given.")
-_Split = _option(str, help="train, validation, test or all")
-_Length = _option(int, min=2, help="Tokens of a record; longer responses are cropped.")
-_OnError = _option(Literal["stop", "skip"] | None,
-                   help="At a record that can't be used; if not given, files of your own stop.")
-_DataDir = _option(Path | None, envvar="UAT_REPRO_DATA_DIR", exists=True, file_okay=False,
-                   help="Folder of your own data, such as alpaca.json.")
+from ._arguments import (DataDir, Dataset, Json, Length, Model, OnError, Split, Template, Training, option,
+                                   takes)
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-08
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 def _show_version(asked: bool):
     from uat_repro import __version__
@@ -40,8 +30,8 @@ def _show_version(asked: bool):
 
 @app.callback()
 def _common(
-    debug: _option(bool, "--debug", help="Show where an error came from; may stand anywhere.") = False,
-    version: _option(bool, "--version", callback=_show_version, is_eager=True, help="Show the version.") = False,
+    debug: option(bool, "--debug", help="Show where an error came from; may stand anywhere.") = False,
+    version: option(bool, "--version", callback=_show_version, is_eager=True, help="Show the version.") = False,
 ):
     "Token-level uncertainty-aware post-training: the figures, and the tools behind them."
 
@@ -63,15 +53,15 @@ def main(
 # %% ../nbs/api/18_cli.ipynb #18-cli-12
 @app.command()
 def reproduce(
-    profile: _option(str, help="cpu, smoke, cpu-full, gpu, paper, or the path of a .yaml file") = "cpu",
-    only: _option(list[str] | None, help="A figure, such as fig2a, or claims; may be repeated.") = None,
-    dry_run: _option(bool, "--dry-run", help="List the runs, and stop.") = False,
-    workdir: _option(Path | None, help="Folder of results; `results` for cpu, else `results-<profile>`.") = None,
-    cores: _option(int, min=1, help="Runs at once, of one thread each.") = 2,
-    data_dir: _DataDir = None,
-    update: _option(bool, "--update", help="Bring results of another configuration up to date.") = False,
-    cluster: _option(str | None, help="slurm, or the path of a Snakemake profile.") = None,
-    gpu_runs: _option(int, min=1, help="Runs at once on this machine's GPU; several suit small models.") = 1,
+    profile: option(str, help="cpu, smoke, cpu-full, gpu, paper, or the path of a .yaml file") = "cpu",
+    only: option(list[str] | None, help="A figure, such as fig2a, or claims; may be repeated.") = None,
+    dry_run: option(bool, "--dry-run", help="List the runs, and stop.") = False,
+    workdir: option(Path | None, help="Folder of results; `results` for cpu, else `results-<profile>`.") = None,
+    cores: option(int, min=1, help="Runs at once, of one thread each.") = 2,
+    data_dir: DataDir = None,
+    update: option(bool, "--update", help="Bring results of another configuration up to date.") = False,
+    cluster: option(str | None, help="slurm, or the path of a Snakemake profile.") = None,
+    gpu_runs: option(int, min=1, help="Runs at once on this machine's GPU; several suit small models.") = 1,
 ):
     "Run what is missing, draw the figures, and compare the claims."
     from uat_repro.workflow import Terminated, reproduce as run_grid, terminable
@@ -87,12 +77,13 @@ def reproduce(
 # %% ../nbs/api/18_cli.ipynb #18-cli-57
 @app.command()
 def plan(
-    profile: _option(str, help="cpu, smoke, cpu-full, gpu, paper, or the path of a .yaml file") = "cpu",
-    data_dir: _DataDir = None,
+    profile: option(str, help="cpu, smoke, cpu-full, gpu, paper, or the path of a .yaml file") = "cpu",
+    data_dir: DataDir = None,
+    as_json: Json = False,
 ):
     "Say what a profile would run, and what it takes; nothing is run."
-    from uat_repro._plan import plan_text
-    print(plan_text(profile, data_dir))
+    from uat_repro._plan import plan_numbers, plan_text
+    print(json.dumps(plan_numbers(profile, data_dir), indent=1) if as_json else plan_text(profile, data_dir))
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-16
 def _stale(workdir: Path, data_dir: Path | None) -> list:
@@ -101,19 +92,28 @@ def _stale(workdir: Path, data_dir: Path | None) -> list:
     from uat_repro.workflow import plan, snakemake_command
     return plan(snakemake_command(workdir, notebooks_folder(), data_dir=data_dir))
 
+def _claims_text(workdir: Path, as_json: bool) -> str:
+    "The claims of a folder, judged anew where it has tables."
+    from uat_repro import claims as judging, plots
+    from uat_repro.results import strict_json
+    judged, table = judging.judge_folder(workdir), workdir / "claims.md"
+    if not judged and (as_json or not table.exists()):
+        raise FileNotFoundError(f"{workdir} holds no claims: run `uat-repro reproduce`, or give the folder of results")
+    if as_json: return json.dumps(strict_json(dict(claims=[*map(judging._record, judged)])), indent=1)
+    return judging.claims_table(judged, plots.label) if judged else table.read_text(encoding="utf-8")
+
+# %% ../nbs/api/18_cli.ipynb #18-cli-69
 @app.command()
 def claims(
     workdir: Annotated[Path, typer.Argument(help="Folder of results, or a reference.")] = Path("results"),
-    data_dir: _DataDir = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
 ):
     "Print the claims; the exit status is 1 where a result is missing or older than the code that makes it."
-    table, config, remedy = workdir / "claims.md", workdir / "profile.json", "run `uat-repro reproduce` again"
-    from uat_repro import claims as judging, plots
     from uat_repro._verify import altered
     from uat_repro.results import read_json, result_files
-    if not (judged := judging.judge_folder(workdir)) and not table.exists():
-        raise FileNotFoundError(f"{workdir} holds no claims: run `uat-repro reproduce`, or give the folder of results")
-    print(judging.claims_table(judged, plots.label) if judged else table.read_text(encoding="utf-8"))
+    print(_claims_text(workdir, as_json))
+    config, remedy = workdir / "profile.json", "run `uat-repro reproduce` again"
     if not config.exists() or (workdir / "records.parquet").exists(): return  # a reference has no runs
     runs = result_files(read_json(config))
     if missing := [f for f in runs if not (workdir / f).exists()]:
@@ -133,8 +133,9 @@ def _open_results(workdir: Path) -> dict:
 @app.command()
 def status(
     workdir: Annotated[Path, typer.Argument(help="Folder of results.")] = Path("results"),
-    cores: _option(int, min=1, help="Runs at once, for the time that remains.") = 2,
-    data_dir: _DataDir = None,
+    cores: option(int, min=1, help="Runs at once, for the time that remains.") = 2,
+    data_dir: DataDir = None,
+    as_json: Json = False,
 ):
     "Say which runs are done, at work, failed, stale or to come, and how long the rest will take."
     from uat_repro._verify import state_of
@@ -143,19 +144,22 @@ def status(
     profile = _open_results(workdir)
     todo = _stale(workdir, data_dir)
     states = {run: state_of(workdir, run.notebook) for run in todo}
+    spent = sum(read_json(path)["wall_seconds"] for path in workdir.glob("*/*/cost.json"))
+    done = len(result_files(profile)) + len(figures(profile)) - len(todo)
+    left = Progress(todo, profile, cores).left(0) if todo else 0
+    if as_json: return print(json.dumps(dict(
+        done=done, spent_seconds=spent, left_seconds=left, runs={str(run): s for run, s in states.items()}), indent=1))
     for run, state in states.items():
         if state != "to come": print(f"{state:8} {run}")
-    spent = sum(read_json(path)["wall_seconds"] for path in workdir.glob("*/*/cost.json"))
     counts = ", ".join(f"{n} {state}" for state, n in Counter(states.values()).items())
-    done = len(result_files(profile)) + len(figures(profile)) - len(todo)
-    print(f"{done} runs and figures done in {about(spent)} of one core" + (f"; {counts}, about "
-          f"{about(Progress(todo, profile, cores).left(0))} on {cores} cores" if todo else ""))
+    print(f"{done} runs and figures done in {about(spent)} of one core" +
+          (f"; {counts}, about {about(left)} on {cores} cores" if todo else ""))
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-22
 @app.command()
 def verify(
     workdir: Annotated[Path, typer.Argument(help="Folder of results.")] = Path("results"),
-    data_dir: _DataDir = None,
+    data_dir: DataDir = None,
 ):
     "Say which results are missing, altered or stale; the exit status is 1 where some are."
     from uat_repro._verify import altered
@@ -172,8 +176,8 @@ def verify(
 @app.command("import")
 def import_finished(
     archive: Annotated[Path, typer.Argument(help="Folder of results of another machine, or a tar archive of one.")],
-    workdir: _option(Path, help="Folder of results that takes the runs.") = Path("results"),
-    data_dir: _DataDir = None,
+    workdir: option(Path, help="Folder of results that takes the runs.") = Path("results"),
+    data_dir: DataDir = None,
 ):
     "Take finished runs from another folder of results, or from an archive of one."
     from uat_repro._archive import import_runs
@@ -195,34 +199,35 @@ def _check_notebooks():
 
 @app.command()
 def doctor(
-    data_dir: _DataDir = None,
-    timeout: _option(float, help="Seconds to wait for the hub.") = 3.0,
+    data_dir: DataDir = None,
+    timeout: option(float, help="Seconds to wait for the hub.") = 3.0,
+    as_json: Json = False,
 ):
     "Say what this machine can run, and what to do about what is missing."
     from uat_repro._doctor import findings, runnable
     profiles = runnable(found := [_check_notebooks(), *findings(data_dir, timeout)])
-    print(*found, "", sep="\n")
-    for name, lacking in profiles.items():
-        print(f"profile {name:6}", f"lacks {', '.join(lacking)}" if lacking else "can run here")
+    if as_json: print(json.dumps(dict(findings=[f._asdict() for f in found], lacking=profiles), indent=1))
+    else: print(*found, "", *(f"profile {name:6} {'lacks ' + ', '.join(lacking) if lacking else 'can run here'}"
+                              for name, lacking in profiles.items()), sep="\n")
     raise typer.Exit(1 if profiles["cpu"] else 0)
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-31
 @app.command()
 def score(
-    dataset: _Dataset,
-    model: _Model = "smollm2-135m",
-    chat_template: _Template = "",
-    out: _option(Path, help="Folder for tokens.parquet and tokens.html.") = Path("scores"),
-    records: _option(int, min=1, help="Records to score.") = 20,
-    split: _Split = "all",
-    show: _option(int, min=1, help="Records on the page, the first ones.") = 2000,
-    by: _option(str, help="Score that colours the page at first and ranks the summary, such as loss.") = "epistemic",
-    p: _option(float, help="Dropout rate.") = .02,
-    sites: _option(list[str], help="attention, mlp, probabilities or final; may be repeated.") = ["attention"],
-    samples: _option(int, help="Samples of the posterior, at least 4.") = 8,
-    max_length: _Length = 512,
-    on_error: _OnError = None,
-    data_dir: _DataDir = None,
+    dataset: Dataset,
+    model: Model = "smollm2-135m",
+    chat_template: Template = "",
+    out: option(Path, help="Folder for tokens.parquet and tokens.html.") = Path("scores"),
+    records: option(int, min=1, help="Records to score.") = 20,
+    split: Split = "all",
+    show: option(int, min=1, help="Records on the page, the first ones.") = 2000,
+    by: option(str, help="Score that colours the page at first and ranks the summary, such as loss.") = "epistemic",
+    p: option(float, help="Dropout rate.") = .02,
+    sites: option(list[str], help="attention, mlp, probabilities or final; may be repeated.") = ["attention"],
+    samples: option(int, help="Samples of the posterior, at least 4.") = 8,
+    max_length: Length = 512,
+    on_error: OnError = None,
+    data_dir: DataDir = None,
 ):
     "Score the response tokens of a data set: a table, a page to explore them, and a summary."
     from uat_repro import _tasks as tasks
@@ -237,63 +242,25 @@ def score(
     said = [*tasks.least_sure(tokens, by), tasks.selected_kinds(tokens), tasks.alike(tokens), tasks.harm(tokens)]
     print(*filter(None, said), sep="\n")
 
-# %% ../nbs/api/18_cli.ipynb #18-cli-38
+# %% ../nbs/api/18_cli.ipynb #18-cli-65
 @app.command()
-def train(
-    dataset: _Dataset,
-    model: _Model = "smollm2-135m",
-    chat_template: _Template = "",
-    objective: _option(str, help="A preset: mle, masked_mle, combined, mle_kl, rho1, stm, dft, ...") = "combined",
-    out: _option(Path, help="Folder for the model and its log.") = Path("trained"),
-    documents: _option(int, min=1, help="Records to train on.") = 1000,
-    epochs: _option(float, help="Passes over them.") = 1.0,
-    batch_size: _option(int, min=1, help="Records at once, on each device.") = 8,
-    accumulate: _option(int, min=1, help="Batches of a step.") = 1,
-    learning_rate: _option(float, help="Its peak; a cosine from there.") = 1e-4,
-    lora: _option(bool, "--lora", help="Train an adapter in place of all weights.") = False,
-    reference: _option(str | None, help="Second model, which rho1 compares with; trained on such data.") = None,
-    max_length: _Length = 512,
-    seed: _option(int, help="Seed of the order of the records.") = 0,
-    checkpoint_every: _option(int, min=0, help="Steps between two checkpoints in --out; 0 for none.") = 0,
-    resume: _option(bool, "--resume", help="Go on from the last whole checkpoint in --out.") = False,
-    report_to: _option(str, help="none, or who else gets the log: trackio, wandb, tensorboard, ...") = "none",
-    on_error: _OnError = None,
-    data_dir: _DataDir = None,
-):
+@takes(Training)
+def train(asked: Training):
     "Train a model with one of the presets; the loss on held-out records is printed before and after."
-    from uat_repro import _tasks as tasks
-    from uat_repro.models import weights_hash
-    from uat_repro.objective import Objective
-    from uat_repro.results import manifest
-    Objective.preset(objective)  # a misspelt name is told before anything is loaded
-    began, (network, tokenizer) = time.time(), tasks.load(model, chat_template)
-    def read(part, limit): return tasks.read_rows(dataset, part, limit, data_dir, on_error, tokenizer, max_length)
-    rows, held_out = tasks.sides(read, documents)
-    name, spec = Path(dataset).stem, Path(model).name
-    args = dict(output_dir=str(out), num_train_epochs=epochs, seed=seed, learning_rate=learning_rate,
-                per_device_train_batch_size=batch_size, per_device_eval_batch_size=batch_size,
-                gradient_accumulation_steps=accumulate, report_to=report_to)
-    if checkpoint_every: args |= dict(save_strategy="steps", save_steps=checkpoint_every)
-    second = reference and tasks.second(reference, tokenizer)
-    made = manifest(seed, {name: tasks.digest(rows)}, {spec: weights_hash(network)})
-    about = dict(dataset=name, model=spec, objective=objective, documents=len(rows), manifest=made)
-    start = dict(data=made["data"], weights=made["weights"], objective=objective, lora=lora, seed=seed,
-                 reference=reference and Path(reference).name)
-    tasks.keep_start(out, start, resume)
-    trained = tasks.train_model(network, tokenizer, rows, held_out, objective, lora, second, resume, **args)
-    tasks.keep_run(out, *trained, about, began)
+    from uat_repro._tasks import run_training
+    run_training(asked)
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-44
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or a name that doctor lists.")],
-    chat_template: _Template = "",
-    task: _option(list[str], help="A task of lm-evaluation-harness; may be repeated.") = ["gsm8k", "ifeval"],
-    out: _option(Path, help="Folder for the samples.") = Path("evaluated"),
-    limit: _option(int | None, help="Records of each task; all if not given.") = None,
-    max_new_tokens: _option(int | None, help="Tokens of a response; IFEval needs its own number, 1280.") = None,
-    batch_size: _option(int, min=1, help="Records at once.") = 8,
-    data_dir: _DataDir = None,
+    chat_template: Template = "",
+    task: option(list[str], help="A task of lm-evaluation-harness; may be repeated.") = ["gsm8k", "ifeval"],
+    out: option(Path, help="Folder for the samples.") = Path("evaluated"),
+    limit: option(int | None, help="Records of each task; all if not given.") = None,
+    max_new_tokens: option(int | None, help="Tokens of a response; IFEval needs its own number, 1280.") = None,
+    batch_size: option(int, min=1, help="Records at once.") = 8,
+    data_dir: DataDir = None,
 ):
     "Run benchmarks on a model; scores with intervals, and every sample in a table."
     from uat_repro import _tasks as tasks
@@ -312,16 +279,16 @@ def evaluate(
 # %% ../nbs/api/18_cli.ipynb #18-cli-47
 @app.command()
 def cache(
-    dataset: _Dataset,
-    model: _Model = "smollm2-135m",
-    chat_template: _Template = "",
-    out: _option(Path, help="Folder for the states.") = Path("states"),
-    records: _option(int, min=1, help="Records to keep the states of.") = 1000,
-    split: _Split = "train",
-    layer: _option(int, help="The states that enter this layer; -1 for the last ones, which a teacher needs.") = -1,
-    max_length: _Length = 512,
-    on_error: _OnError = None,
-    data_dir: _DataDir = None,
+    dataset: Dataset,
+    model: Model = "smollm2-135m",
+    chat_template: Template = "",
+    out: option(Path, help="Folder for the states.") = Path("states"),
+    records: option(int, min=1, help="Records to keep the states of.") = 1000,
+    split: Split = "train",
+    layer: option(int, help="The states that enter this layer; -1 for the last ones, which a teacher needs.") = -1,
+    max_length: Length = 512,
+    on_error: OnError = None,
+    data_dir: DataDir = None,
 ):
     "Keep the hidden states of a data set: for a teacher, or for training the layers above one."
     from uat_repro import _tasks as tasks

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .cache import HiddenCache
+from .head import frozen
 from .models import Head, eval_mode, head_of, hidden_states, unwrap
 
 # %% ../nbs/api/07_distillation.ipynb #07-distillation-09
@@ -90,7 +91,7 @@ class CachedTeacher:
             raise ValueError(f"{cache.path} holds the states that enter layer {cache.layer}; a teacher needs the last "
                              "ones: HiddenCache.build(..., layer=-1)")
         self.cache = cache
-        self.head = Head(*(x.detach().clone() if isinstance(x, Tensor) and x.requires_grad else x for x in head))
+        self.head = frozen(head)
 
     def __call__(
         self,

@@ -20,7 +20,7 @@ import pandas as pd
 import torch, yaml
 from torch import Tensor, nn
 
-from .head import TokenScores, scores_and_divergence, token_scores
+from .head import TokenScores, frozen, scores_and_divergence, token_scores
 from .models import Head, eval_mode, head_of, hidden_states
 from .tokens import Layout, lay_out
 
@@ -70,7 +70,7 @@ def by_record(
 class Initial(NamedTuple):
     "The initial model on one batch with N response tokens."
     states: Tensor  # (N, H) last hidden states that predict the tokens
-    head: Head  # of the initial model, a copy
+    head: Head  # of the initial model, `frozen`
     log_z: Tensor  # (N,) logarithm of the normaliser of each distribution
     hard: Tensor  # (N,) bool, the hard tokens
 
@@ -98,10 +98,11 @@ def measure_baseline(
     batches: Sequence[Mapping],  # held-out records, with `labels` and `id`
     states: Callable[[Mapping], Tensor] | None = None,  # last states (B, T, H) of a batch, where they are kept
     scores: Sequence[TokenScores] | None = None,  # of the tokens of each batch, where they are kept
+    head: Head | None = None,  # `frozen`, to share it among several measurements; made here if None
 ) -> Baseline:  # for `evaluate`, as training goes on
     "Measure the initial model and keep what later measurements are compared with. Raises where there is no batch."
     _check_batches(batches)
-    head = Head(*(x.clone() if isinstance(x, Tensor) else x for x in head_of(model)))  # training changes the original
+    head = head or frozen(head_of(model))
     layouts = [lay_out(b) for b in batches]
     with eval_mode(model): kept = [_initial_states(model, b, layout, states) for b, layout in zip(batches, layouts)]
     scores = scores or [token_scores(h, layout.targets, head) for h, layout in zip(kept, layouts)]

@@ -194,13 +194,13 @@ class Prepared(_Stored):
         rows = self.rows(split, range(records))
         return [self.batch([rows[i] for i in some], tokenizer) for some in _short_first(rows, batch_size)]
 
-    def held_out(self, split: str, model: nn.Module, tokenizer, records: int) -> tuple[list[dict], Baseline]:
-        "Batches as above, and the initial model on them, for `evaluate`."
+    def held_out(self, split: str, model: nn.Module, tokenizer, records: int, head=None) -> tuple[list[dict], Baseline]:
+        "Batches as above, and the initial model on them, for `evaluate`; its `head`, if a frozen one is at hand."
         batches, of = self.batches(split, tokenizer, records), dict(list(self.initial(split).groupby("record")))
         tables = [pd.concat([of[record] for record in b["id"]]) for b in batches]
         column = lambda table, name: torch.as_tensor(table[name].to_numpy(), device=PartialState().device)
         scores = [TokenScores(*(column(table, name) for name in TokenScores._fields)) for table in tables]
-        return batches, measure_baseline(model, batches, self.last_states(split).states_of, scores)
+        return batches, measure_baseline(model, batches, self.last_states(split).states_of, scores, head)
 
 # %% ../nbs/api/14_experiments.ipynb #14-experiments-28
 @dataclass(frozen=True)

@@ -204,7 +204,7 @@ def _one_in_each_row(inputs: dict) -> tuple[dict, Tensor] | None:
 def _by_document(decoder: nn.Module, positions: Tensor | None) -> Iterator[dict]:
     "Attention inside the documents of a row, if there is one, while the block runs; yields the arguments for it."
     config, before = decoder.config, decoder.config._attn_implementation
-    if positions is None or before.startswith("flash_attention"): yield {}; return
+    if positions is None or "flash" in before: yield {}; return
     starts = (positions[0] == 0).nonzero()[:, 0]
     lengths = starts.diff(append=starts.new_tensor([positions.shape[1]])).tolist()
     config._attn_implementation = before.removesuffix("_by_document") + "_by_document"
@@ -224,19 +224,19 @@ def _apart(decoder: nn.Module, ids: Tensor) -> bool:
     return _close(row, torch.cat(alone, 1), 5e-2)
 
 def _takes_documents(decoder: nn.Module) -> bool:
-    "Whether a decoder may be given several documents in one row."
+    "Whether a decoder may be given several documents in one row, and is faster for it."
     config, known = decoder.config, {"full_attention", "sliding_attention"}
     if not set(getattr(config, "layer_types", None) or []) <= known: return False
     name = config._attn_implementation.removesuffix("_by_document")
     ours = getattr(decoder, "_supports_attention_backend", False) and name in ("sdpa", "eager")
-    return (name.startswith("flash_attention") or ours) and _once(_apart, decoder)
+    return ("flash" in name or ours and decoder.device.type != "cuda") and _once(_apart, decoder)
 
 # %% ../nbs/api/02_models.ipynb #02-models-30
 def hidden_states(
     model: nn.Module,  # a causal language model, wrapped or not
     batch: Mapping,  # `input_ids` (B, T) or `inputs_embeds` (B, T, H), with `attention_mask` or `position_ids` (B, T)
-) -> Tensor:  # (B, T, H) after the final norm, as the head reads them; 0 at padding
-    "The last hidden state at every position, without the logits of all of them; padding is not computed."
+) -> Tensor:  # (B, T, H) after the final norm, as the head reads them; without meaning at padding
+    "The last hidden state at every position, without the logits of all of them, and without padding if that is faster."
     bare = unwrap(model)
     decoder, adapter = _body(bare), getattr(bare, "active_peft_config", None)
     prompted = getattr(adapter, "is_prompt_learning", False)

@@ -6,7 +6,7 @@ Docs: https://uat-repro.github.io/uat-repro/api/objective.html.md"""
 
 # %% auto #0
 __all__ = ['NEEDS', 'METRICS', 'WEIGHTS', 'PRESETS', 'Scored', 'Rule', 'Metric', 'top_entropy', 'Weight', 'Settings',
-           'ObjectiveOutput', 'Objective', 'as_compute_loss_func']
+           'ObjectiveOutput', 'Objective']
 
 # %% ../nbs/api/08_objective.ipynb #08-objective-03
 import difflib, math
@@ -18,10 +18,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .distillation import matching_head
-from .head import TokenScores, map_tokens, scores_of, token_loss, token_scores
+from .head import TokenScores, map_tokens, token_loss, token_scores
 from .masking import beyond, check_selection, count_kept, select_among
 from .models import Head, eval_mode, has_dropout, head_of, hidden_states
 from .tokens import Layout, lay_out
@@ -110,9 +109,25 @@ def top_entropy(
 class Weight(Rule):
     "How much a selected token counts."
 
+def _log_ratio(scored: Scored) -> Tensor: return scored.teacher.loss - scored.scores.loss  # (N,) ln r
+
+def _clipped_ratio(scored: Scored) -> Tensor:
+    "r, and 0 where it is beyond 1.28: the slope of min(r, clip(r, 0.8, 1.28)) with respect to ln r (PSFT)."
+    ratio = _log_ratio(scored).exp()
+    return ratio.where(ratio <= 1.28, 0)
+
+def _document_ratio(scored: Scored) -> Tensor:
+    "The geometric mean of r over the token's document, at most 16 (iw-SFT)."
+    documents = scored.layout.documents
+    sums = torch.zeros(scored.layout.valid.numel(), device=documents.device).index_add(0, documents, _log_ratio(scored))
+    return (sums[documents] / documents.bincount()[documents]).exp().clamp(max=16)
+
 WEIGHTS = {
     "probability": Weight(lambda scored: (-scored.scores.loss).exp()),
+    "probability_10": Weight(lambda scored: (-10 * scored.scores.loss).exp()),
     "top_entropy": Weight(lambda scored: scored.over_logits(top_entropy), "logits"),
+    "clipped_ratio": Weight(_clipped_ratio, "teacher"),
+    "document_ratio": Weight(_document_ratio, "teacher"),
 }
 
 # %% ../nbs/api/08_objective.ipynb #08-objective-23
@@ -130,6 +145,10 @@ PRESETS = {
     "dft": dict(keep=1.0, weight="probability"),
     "asft": dict(keep=1.0, weight="probability", distill_weight=0.1, distill_on="all"),
     "eaft": dict(keep=1.0, weight="top_entropy"),
+    "p10": dict(keep=1.0, weight="probability_10"),
+    "profit": dict(order="bottom", threshold=math.log(10)),
+    "iw_sft": dict(keep=1.0, weight="document_ratio"),
+    "psft": dict(keep=1.0, weight="clipped_ratio"),
 }
 
 # %% ../nbs/api/08_objective.ipynb #08-objective-24
@@ -198,15 +217,16 @@ def _pick(u: TokenUncertainty, index: Tensor) -> TokenUncertainty:
 def _only(scored: Scored, chosen: Tensor) -> Scored:
     "Some of the tokens, as if the batch had no others."
     layout, teacher, u = scored.layout, scored.teacher, scored.uncertainty
-    part = Layout(layout.spread(chosen) == 1, layout.targets[chosen], layout.documents[chosen])
+    tokens = layout.targets[chosen], layout.documents[chosen], layout.weights[chosen]
+    part = Layout(layout.spread(chosen) == 1, *tokens)
     own, others = (s and TokenScores(*(x[chosen] for x in s)) for s in (scored.scores, teacher))
     return Scored(part, own, scored.states[chosen], scored.head, others, u and _pick(u, chosen))
 
 def _weigh(o: Settings, scored: Scored, selected: Tensor) -> Tensor:
-    "How much each token counts (N,): 0 outside M, 1 inside if there is no weight."
+    "How much each token counts (N,): 0 outside M, 1 inside if neither a rule nor the data weighs it."
     weights = selected.float()
     if o.weight is not None: weights[selected] = _judge(_rule("weight", o.weight, WEIGHTS).fn, _only(scored, selected))
-    return weights
+    return weights * scored.layout.weights
 
 # %% ../nbs/api/08_objective.ipynb #08-objective-37
 def _over_ranks(x: Tensor) -> tuple[Tensor, int]:
@@ -216,14 +236,20 @@ def _over_ranks(x: Tensor) -> tuple[Tensor, int]:
     dist.all_reduce(x)
     return x, dist.get_world_size()
 
+def _groups(o: Settings, layout: Layout) -> tuple[Tensor, int]:
+    "(2, G) number and mean weight of the tokens of each group that competes, and how many ranks share a group."
+    n = torch.bincount(layout.documents, minlength=1) if o.scope == "sequence" else layout.valid.sum()[None]
+    weights = torch.stack([part.sum() for part in layout.weights.split(n.tolist())])  # (G,)
+    sums, world = torch.stack([n.to(weights), weights]), 1
+    if o.scope == "global": sums, world = _over_ranks(sums)
+    return torch.stack([sums[0], sums[1] / sums[0].clamp(min=1)]), world
+
 def _count(o: Settings, layout: Layout) -> Tensor:
-    "(2,) |M| and |D| from the labels alone, or |R| twice if not `o.by_number`; summed over ranks, the totals of all."
-    lengths = torch.bincount(layout.documents, minlength=1)  # (documents,)
-    n, world = _over_ranks(lengths.sum()) if o.scope == "global" else (lengths.sum(), 1)
-    if o.scope == "sequence": kept = sum(count_kept(int(length), o.keep) for length in lengths)
-    else: kept = count_kept(int(n), o.keep)
-    counts = (kept, n - kept if o.distill_on == "rest" else n) if o.by_number else (n, n)
-    return torch.tensor([float(c) for c in counts], device=lengths.device) / world
+    "(2,) |M| and |D| from labels and weights alone, or |R| twice if not `o.by_number`; summed over ranks, for all."
+    (n, mean), world = _groups(o, layout)
+    kept = torch.tensor([count_kept(int(size), o.keep) for size in n.tolist()]).to(n)
+    trained, distilled = (kept, n - kept if o.distill_on == "rest" else n) if o.by_number else (n, n)
+    return torch.stack([(trained * mean).sum(), (distilled * mean).sum()]) / world
 
 # %% ../nbs/api/08_objective.ipynb #08-objective-40
 def _inverse_divisors(o: Settings, layout: Layout, selected: Tensor, distilled: Tensor, total: Tensor | None) -> Tensor:
@@ -231,7 +257,7 @@ def _inverse_divisors(o: Settings, layout: Layout, selected: Tensor, distilled: 
     own = _count(o, layout)  # (2,)
     if total is None: total = own
     if o.by_number: return torch.where(total > 0, 1 / total, 0)
-    seen = torch.stack([selected.sum(), distilled.sum()]).float()  # (2,)
+    seen = torch.stack([(layout.weights * chosen).sum() for chosen in (selected, distilled)])  # (2,)
     if o.scope == "global":
         seen, world = _over_ranks(seen)
         seen = seen / world
@@ -259,11 +285,14 @@ def _score(o: Settings, model: nn.Module, batch: Mapping, layout: Layout, states
 class ObjectiveOutput(NamedTuple):
     "The loss of one batch and its parts; all but `loss` are detached."
     loss: Tensor  # scalar with gradient, nats
-    mle: Tensor  # scalar, L_mask of this batch: mean over the selected tokens of weight times loss, nats
-    distill: Tensor  # scalar, L_sd of this batch: mean divergence over the distilled tokens, nats; 0 without
+    mle: Tensor  # scalar, L_mask of this batch: mean over the selected tokens of w times loss, by their a, nats
+    distill: Tensor  # scalar, L_sd of this batch: mean divergence over the distilled tokens, by a, nats; 0 without
     selected: Tensor  # (B, T) bool, M
     token_loss: Tensor  # (B, T) predictive loss, NaN where not valid
     token_entropy: Tensor  # (B, T) predictive entropy, NaN where not valid
+    token_correct: Tensor  # (B, T) bool: the most likely token is the target; False where not valid
+
+def _mean(values: Tensor, weights: Tensor) -> Tensor: return values.sum() / weights.sum().clamp(min=1e-9)
 
 # %% ../nbs/api/08_objective.ipynb #08-objective-47
 class Objective(Settings):
@@ -274,7 +303,7 @@ class Objective(Settings):
         return cls(**{**_named("preset", name, PRESETS), **changes})
 
     def counts(self, batch: Mapping) -> Tensor:
-        "(2,) how many tokens of `batch` will be trained on and distilled, known before any forward."
+        "(2,) how many tokens of `batch` will be trained on and distilled, times their mean weight, before any forward."
         return _count(self, lay_out(batch))
 
     def __call__(self,
@@ -291,57 +320,12 @@ class Objective(Settings):
         selected = _select(self, scored)  # (N,) M
         distilled = torch.ones_like(selected) if self.distill_on == "all" else ~selected  # (N,) D
         per_selected, per_distilled = _inverse_divisors(self, layout, selected, distilled, num_items)
-        weights = _weigh(self, scored, selected)  # (N,)
+        weights, kl_weights = _weigh(self, scored, selected), layout.weights * distilled  # (N,)
         log_z = scored.scores.log_z if scored.states is states else None  # known already
         loss, losses, kl = token_loss(states, layout.targets, head, per_selected * weights,
-                                      self.distill_weight * per_distilled * distilled, *second, self.temperature, log_z)
-        mle, distill = (weights * losses).sum() / selected.sum().clamp(min=1), kl.sum() / distilled.sum().clamp(min=1)
+                                      self.distill_weight * per_distilled * kl_weights, *second, self.temperature,
+                                      log_z)
+        mle, distill = _mean(weights * losses, layout.weights[selected]), _mean(kl_weights * kl, kl_weights)
         tokens = (layout.spread(x) for x in (scored.scores.loss, scored.scores.entropy))
-        return ObjectiveOutput(loss, mle, distill, layout.spread(selected) == 1, *tokens)
-
-# %% ../nbs/api/08_objective.ipynb #08-objective-65
-def _check_step(o: Settings, tokens: int, num_items: Tensor | int | None) -> None:
-    "Raise a `ValueError` unless the divisor of a step is known from this batch of so many response tokens."
-    said = torch.as_tensor(tokens if num_items is None else num_items)
-    if said.numel() > 1:
-        raise ValueError(f"the batch is split over {said.numel()} GPUs of one process, which scales the loss wrongly: "
-                         "set CUDA_VISIBLE_DEVICES to one, or start with `accelerate launch`")
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    if o.selects and (several or said != tokens):
-        raise ValueError(f"this batch has {tokens} response tokens of a step that has more, and a compute_loss_func "
-                         "cannot know how many of those are selected: use UncertaintyAwareTrainer, or one device with "
-                         "gradient_accumulation_steps=1")
-
-# %% ../nbs/api/08_objective.ipynb #08-objective-66
-class _Given(NamedTuple):
-    "An output layer for states that are logits already."
-    weight: Tensor  # (V, N): only its length is read
-
-    def logits(self, hidden: Tensor) -> Tensor: return hidden
-
-def _check_logits(o: Settings) -> None:
-    "Raise a `ValueError` if logits and labels are not enough for an objective."
-    if o.needs_teacher or "posterior" in o.needs:
-        raise ValueError("logits have neither teacher nor posterior: use UncertaintyAwareTrainer for this objective")
-    if o.selects and (o.scope == "sequence" or o.granularity == "document"):
-        raise ValueError(f"scope is {o.scope!r} and granularity {o.granularity!r}, but a compute_loss_func sees no "
-                         "position ids and cannot tell packed documents apart: use UncertaintyAwareTrainer")
-
-# %% ../nbs/api/08_objective.ipynb #08-objective-68
-def as_compute_loss_func(
-    objective: Objective,  # whose rules need nothing but the logits of one batch
-) -> Callable:  # (outputs, labels, num_items_in_batch=None) -> scalar loss; without gradient that of "mle"
-    "The objective as a `compute_loss_func` for `transformers.Trainer`."
-    _check_logits(objective)
-    def compute_loss(outputs, labels: Tensor, num_items_in_batch=None) -> Tensor:
-        o = objective if torch.is_grad_enabled() else Objective.preset("mle")
-        layout = lay_out(dict(labels=labels))
-        _check_step(o, len(layout.targets), num_items_in_batch)
-        logits = layout.predicting(outputs.logits).float()  # (N, V)
-        with torch.no_grad(): scores = scores_of(logits, layout.targets)
-        scored = Scored(layout, scores, logits.detach(), _Given(logits.T))
-        selected = _select(o, scored)  # (N,) M
-        losses = F.cross_entropy(logits[selected], layout.targets[selected], reduction="none")
-        divisor = selected.sum() if o.selects or num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-        return (_weigh(o, scored, selected)[selected] * losses).sum() / divisor.clamp(min=1)
-    return compute_loss
+        chosen, correct = (layout.spread(x) == 1 for x in (selected, scored.scores.correct))
+        return ObjectiveOutput(loss, mle, distill, chosen, *tokens, correct)

@@ -177,7 +177,6 @@ def _draw_gains(ax: Axes, part: pd.DataFrame, objectives: list[str]) -> None:
     ax.set(ylim=(len(objectives) - .35, -.55), yticks=range(len(objectives)))
     ax.set_yticklabels([look(o).label for o in objectives])
     ax.grid(axis="x")
-    ax.set_axisbelow(True)
 
 # %% ../nbs/api/16_plots.ipynb #16-plots-29
 @theme()
@@ -213,15 +212,14 @@ def _shade_quarter(ax: Axes) -> None:
     ax.set(xlim=(left, right), ylim=(bottom, top))
 
 def _draw_tradeoff(ax: Axes, part: pd.DataFrame) -> None:
-    "One panel: seeds as small points, tied to their mean."
-    if part.empty: return
-    for objective in _ordered(part["objective"]):
-        points, how = part.loc[part["objective"] == objective, ["id", "ood"]].to_numpy(), look(objective)
-        mean = points.mean(0)  # of (seeds, 2)
-        for p in points: ax.plot(*zip(p, mean), color=how.colour, lw=.7, alpha=.5, zorder=2)
-        ax.plot(*points.T, "o", color=how.colour, ms=3, alpha=.8, zorder=3)
-        ax.plot(*mean, how.marker, color=how.colour, ms=9, mec="white", mew=.5, zorder=4)
-    _shade_quarter(ax)
+    "One panel: estimates, the intervals of both gains, and seeds as small points."
+    for row in part.itertuples():
+        x, y, how = row.id_estimate, row.ood_estimate, look(row.objective)
+        for bar in (([row.id_low, row.id_high], [y, y]), ([x, x], [row.ood_low, row.ood_high])):
+            ax.plot(*bar, color=how.colour, lw=3, alpha=.35, solid_capstyle="butt", zorder=2)
+        ax.plot(row.id_per_seed, row.ood_per_seed, "o", color=how.colour, ms=2.6, alpha=.9, zorder=3)
+        ax.plot(x, y, how.marker, color=how.colour, ms=9, mec="white", mew=.5, zorder=4)
+    if len(part): _shade_quarter(ax)
 
 # %% ../nbs/api/16_plots.ipynb #16-plots-33
 def _key(fig: Figure, objectives: Iterable[str]) -> None:
@@ -233,13 +231,16 @@ def _key(fig: Figure, objectives: Iterable[str]) -> None:
 
 @theme()
 def plot_tradeoff(
-    frame: pd.DataFrame,  # one row for each seed: objective, regime, checkpoint, `id` and `ood` (gains), `rows`
+    frame: pd.DataFrame,  # effects, as of `plot_gains`, with their `role` (id or ood)
     rows: Iterable[str] = ("trained_on",),  # columns that make the rows of panels
     note: str = "",  # a line below the title, such as the learning rate
 ) -> Figure:  # a grid of panels, across them regime and checkpoint
     "Gains over the initial model, in and out of distribution, against each other."
-    _check(frame, "objective", "id", "ood", "regime", "checkpoint", *rows)
-    fig, axes = _facets(frame, rows, ("regime", "checkpoint"), _draw_tradeoff, (.6, 2.2, 5), (1.1, 2))
+    keys, values = [*rows, "regime", "checkpoint", "objective"], ["estimate", "low", "high", "per_seed"]
+    _check(frame, *keys, "role", *values)
+    both = frame.pivot(index=keys, columns="role", values=values).dropna()
+    both.columns = [f"{role}_{value}" for value, role in both.columns]
+    fig, axes = _facets(both.reset_index(), rows, ("regime", "checkpoint"), _draw_tradeoff, (.6, 2.2, 5), (1.1, 2))
     for ax in axes[-1]: ax.set_xlabel("ID gain (nats)")
     fig.supylabel("OOD gain (nats)", size=9)
     fig.suptitle("Gains in NLL per token over the untrained model (star)\n" + note, size=9)

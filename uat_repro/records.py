@@ -9,10 +9,11 @@ __all__ = ['FORMATS', 'SPLITS', 'GSM_SYMBOLIC_SIZE', 'GSM_SYMBOLIC_SEED', 'DATA_
            'record_id', 'split_of', 'in_folder', 'files_digest', 'NoRecords', 'load_records']
 
 # %% ../nbs/api/00_records.ipynb #00-records-03
-import difflib, hashlib, json, logging, os, re
+import difflib, hashlib, json, logging, math, os, re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
+from numbers import Real
 from pathlib import Path
 
 from ._files import ENDINGS, file_hash, files_of, read_values
@@ -33,15 +34,22 @@ def _text(value: object) -> str:
     if not isinstance(value, str): raise TypeError(f"is {type(value).__name__}, not text")
     return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
+def _several(turns: list[dict] | str) -> list[tuple]:
+    "The turns of a conversation, each with all its fields."
+    return [(_first(turn, "role", "from"), _first(turn, "content", "value"), turn) for turn in _listed(turns)]
+
+def _listed(value: list | str) -> list: return json.loads(value) if isinstance(value, str) else value
+
+def _rounds(history: list | str) -> list[tuple]:
+    "Earlier rounds, as pairs of what was asked and answered, or as turns."
+    return [turn for part in _listed(history) for turn in (
+        zip(("user", "assistant"), part, strict=True) if isinstance(part, list | tuple) else _several([part]))]
+
 def _single(record: dict, *asked: str) -> list[tuple]:
     "Earlier rounds, what is asked in these fields, and the answer."
-    history = [turn for ask, reply in _first(record, "history") or [] for turn in (("user", ask), ("assistant", reply))]
     prompt = "\n\n".join(filter(None, (_text(record.get(field)) for field in asked)))
-    return [*history, ("user", prompt), ("assistant", _first(record, "output", "answer", "response"))]
-
-def _several(turns: list[dict]) -> list[tuple]:
-    "The turns of a conversation, each with all its fields."
-    return [(_first(turn, "role", "from"), _first(turn, "content", "value"), turn) for turn in turns]
+    answer = _first(record, "output", "answer", "response")
+    return [*_rounds(_first(record, "history") or []), ("user", prompt), ("assistant", answer)]
 
 def _pair(prompt: object, completion: object) -> list[tuple]:
     "A prompt and its completion, each as text or as a list of turns."
@@ -68,10 +76,14 @@ class _Fields(dict):
 
 def _turns(fields: _Fields, record: dict) -> list[tuple]:
     "The turns of a record as written: (speaker, text), and perhaps all fields of the turn."
-    try: turns = next(turns(fields) for field, turns in FORMATS.items() if field in fields)
-    except (StopIteration, KeyError, TypeError, ValueError, AttributeError):
-        raise ValueError(f"record {_excerpt(record)} has no known format: give it one of the fields "
-                         f"{', '.join(FORMATS)}, or add its format to uat_repro.records.FORMATS") from None
+    present, none = [field for field in FORMATS if field in fields], f"record {_excerpt(record)} has no known format: "
+    if not present: raise ValueError(f"{none}give it one of the fields {', '.join(FORMATS)}, or add its format to "
+                                     "uat_repro.records.FORMATS")
+    format = min(present, key=lambda field: _nothing(record[field]))
+    try: turns = FORMATS[format](fields)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        raise ValueError(f"{none}its {format!r} (or history) is neither text nor a list of turns with role and "
+                         "content: write it so") from None
     system = None if "system" in fields.read else _first(fields, "system", "system_prompt")
     return turns if system is None else [("system", system), *turns]
 
@@ -80,47 +92,59 @@ _ASSISTANTS = "gpt", "chatgpt", "assistant", "model", "bard", "bing"
 _ROLES = dict(system="system", human="user", user="user") | dict.fromkeys(_ASSISTANTS, "assistant")
 _REASONING = "reasoning_content", "thinking", "reasoning"  # names of the reasoning before an answer; the first is kept
 _LEARN = "weight", "train", "training", "loss"
+_CALLS = "tool_calls", "function_call"
+_OF_A_TURN = {"role", "from", "content", "value", *_REASONING, *_LEARN, *_CALLS}
+
+def _weight(record: dict, turn: dict) -> Real:
+    "How much a turn counts: the product of its marks and of its record's weight. Raises where one is no weight."
+    marks = [value for value in (record.get("weight"), *map(turn.get, _LEARN)) if not _nothing(value)]
+    if wrong := [mark for mark in marks if not (isinstance(mark, Real) and 0 <= mark < math.inf)]:
+        raise ValueError(f"record {_excerpt(record)} has the weight {wrong[0]!r}: give a number of at least 0")
+    return math.prod(marks)
 
 def _message(record: dict, speaker: str, text: object, turn: dict = {}) -> dict:
     "The message of one turn; a `ValueError` names the record that has an unknown speaker, no text or a wrong mark."
     def wrong(what: str) -> ValueError: return ValueError(f"record {_excerpt(record)} has {what}")
     if not isinstance(speaker, str) or speaker not in _ROLES:
         raise wrong(f"a turn by {speaker!r}: remove it, or name one of {', '.join(_ROLES)}")
-    if _first(turn, "tool_calls", "function_call"): raise wrong("tool calls, which are not read: remove the record")
-    learn = [turn[field] for field in _LEARN if not _nothing(turn.get(field))]
-    if any(mark not in (0, 1) for mark in learn): raise wrong(f"a turn with {learn} for {_LEARN}: give 0 or 1")
-    try: message = dict(role=_ROLES[speaker], content=_text(text).strip())
-    except TypeError as e: raise wrong(f"a turn that {e}: give its text, or remove it") from None
+    if _first(turn, *_CALLS): raise wrong("tool calls, which are not read: remove the record")
+    weight = _weight(record, turn)
+    try: content, reasoning = (_text(part).strip() for part in (text, _first(turn, *_REASONING)))
+    except TypeError as e: raise wrong(f"a turn or reasoning that {e}: give its text, or remove it") from None
+    message = dict(role=_ROLES[speaker], content=content)
     if message["role"] != "assistant": return message
-    reasoning, kept = _first(turn, *_REASONING), {} if all(learn) else dict(train=False)
-    return message | (dict(reasoning_content=reasoning.strip()) if isinstance(reasoning, str) else {}) | kept
+    if reasoning: message["reasoning_content"] = reasoning
+    return message if weight == 1 else message | dict(weight=weight)
 
 # %% ../nbs/api/00_records.ipynb #00-records-13
 def _join(message: dict, more: dict) -> None:
-    "Add the next message of the same role; what may not be learned makes the whole so."
+    "Add the next message of the same role; the smaller weight holds for both."
+    weight = min(message.pop("weight", 1), more.pop("weight", 1))
     for field, value in more.items():
-        if field != "role": message[field] = value if field == "train" else "\n\n".join(
-            filter(None, (message.get(field), value)))
+        if field != "role": message[field] = "\n\n".join(filter(None, (message.get(field), value)))
+    if weight != 1: message["weight"] = weight
 
 def _conversation(record: dict) -> tuple[list[dict], list[str]]:
     "The messages of a record, as from `to_messages`, and its fields that were not read."
     fields, messages = _Fields(record if isinstance(record, dict) else {}), []
-    fields.read = {"id", "source", "cluster"}
-    asked = False
-    for message in (_message(record, *turn) for turn in _turns(fields, record)):
+    fields.read = {"id", "source", "cluster", "weight", "token_weights"}
+    asked, turns = False, _turns(fields, record)
+    for message in (_message(record, *turn) for turn in turns):
         if message["role"] == "user": asked = bool(message["content"]) or (asked and messages[-1]["role"] == "user")
         if not message["content"] or (message["role"] == "assistant" and not asked): continue
         if messages and messages[-1]["role"] == message["role"]: _join(messages[-1], message)
         else: messages.append(message)
     while messages and messages[-1]["role"] != "assistant": messages.pop()
     unread = [field for field, value in fields.items() if field not in fields.read and not _nothing(value)]
+    unread += sorted({f"turn.{field}" for _, _, *more in turns for turn in more for field, value in turn.items()
+                      if field not in _OF_A_TURN and not _nothing(value)})
     if messages: return messages, unread
     others = f" (fields that are not read: {', '.join(unread)})" if unread else ""
     raise ValueError(f"record {_excerpt(record)} has no response{others}: write one or remove the record")
 
 def to_messages(
     record: dict,  # one record, in a format of `FORMATS`
-) -> list[dict]:  # `role`, `content`, perhaps reasoning and `train`; roles alternate, and the assistant speaks last
+) -> list[dict]:  # `role`, `content`, perhaps reasoning and `weight`; roles alternate, and the assistant speaks last
     "The chat messages of a record; a `ValueError` names a record that has no response or no known format."
     return _conversation(record)[0]
 
@@ -129,7 +153,8 @@ def record_id(
     messages: list[dict],  # chat messages
 ) -> str:  # 16 hexadecimal digits
     "The hash that names a conversation."
-    turns = [[m[field] for field in ("role", "content", "reasoning_content", "train") if field in m] for m in messages]
+    turns = [[m[field] for field in ("role", "content", "reasoning_content") if field in m]
+             + [False] * (m.get("weight") == 0) for m in messages]
     return hashlib.sha256(json.dumps(turns, ensure_ascii=False).encode()).hexdigest()[:16]
 
 SPLITS = ("train", "validation", "test")
@@ -265,7 +290,7 @@ def _find(name: str, data_dir: str | Path | None) -> tuple[dict[str, list[Callab
 
 # %% ../nbs/api/00_records.ipynb #00-records-40
 def _records(streams: Iterable, source: str, complain: Callable[[str], None]) -> Iterator[dict]:
-    "All usable records of some streams: `id`, `messages`, `source` and perhaps `cluster`, each id once."
+    "All usable records of some streams: `id`, `messages`, `source`, perhaps `cluster` and `token_weights`."
     seen, repeated, named = set(), 0, set()
     for place, raw in (pair for stream in streams for pair in stream(complain)):
         try: messages, unread = _conversation(raw)
@@ -276,7 +301,8 @@ def _records(streams: Iterable, source: str, complain: Callable[[str], None]) ->
         named |= new
         for file, field in sorted(new): _log.warning("%s: field %r is not read", file, field)
         record = dict(id=record_id(messages), messages=messages, source=source)
-        if isinstance(number := raw.get("cluster"), int): record["cluster"] = f"{source}/{number}"
+        if raw.get("token_weights") is not None: record["token_weights"] = raw["token_weights"]
+        if type(number := raw.get("cluster")) is int: record["cluster"] = f"{source}/{number}"
         if record["id"] in seen: repeated += 1
         else: yield record
         seen.add(record["id"])
@@ -308,7 +334,7 @@ def load_records(
     limit: int | None = None,  # largest number of records, in the order of the source
     data_dir: str | Path | None = None,  # folder of your files, or `None` for that of the environment
     strict: bool | None = None,  # raise on unusable records; `None` raises on those in your files only
-) -> list[dict]:  # `{"id", "messages", "source"}`, perhaps `cluster`
+) -> list[dict]:  # `{"id", "messages", "source"}`, perhaps `cluster` and `token_weights`
     "The records of one split of a data set. Errors are of one line, `ValueError` or `FileNotFoundError`."
     if split not in (*SPLITS, "all"):
         raise ValueError(f"split {split!r} is unknown: it is one of {', '.join(SPLITS)} or all")

@@ -28,4 +28,8 @@ class UncertaintyAwareSFTTrainer(ObjectiveMixin, SFTTrainer):
         if self.token_log is not None and given.get("data_collator") is None:
             raise ValueError("a token log names records, and TRL's batches have no ids: pass "
                              "data_collator=Collator(tokenizer) and rows of encode_all, without packing")
+        weights = {"weight", "loss_weights"} & {*(getattr(given.get("train_dataset"), "column_names", None) or ())}
+        if weights and (args.packing or given.get("data_collator") is None):
+            raise ValueError(f"TRL does not read weights, and the data set has {', '.join(weights)}: pass rows of "
+                             "encode_all and data_collator=Collator(tokenizer), without packing; or leave them out")
         return given

@@ -9,10 +9,11 @@ __all__ = ['encode', 'encode_all', 'Collator', 'LengthSampler', 'valid_tokens', 
            'token_frame', 'PLAIN_TEMPLATE', 'use_template']
 
 # %% ../nbs/api/01_tokens.ipynb #01-tokens-03
-import logging
+import logging, re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np, pandas as pd, torch
 from datasets import Dataset
@@ -53,6 +54,21 @@ def _require(tokenizer) -> None:
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer of {name} gives no character offsets: load its fast version (tokenizer.json)")
 
+# %% ../nbs/api/01_tokens.ipynb #01-tokens-12b
+def _check_weights(weights: Sequence[float], tokens: int) -> None:
+    "Raise a `ValueError` unless there is a number of at least 0 for each of so many tokens."
+    try: wrong = [w for w in weights if not 0 <= w < inf]
+    except TypeError: raise ValueError(f"its weights of tokens are no list of numbers: {str(weights)[:60]}") from None
+    if wrong: raise ValueError(f"one of its tokens has the weight {wrong[0]}: give a number of at least 0")
+    if len(weights) != tokens: raise ValueError(f"it has {tokens} tokens and {len(weights)} weights of tokens")
+
+def _by_token(weights: list[float], given: Sequence[float] | None) -> list[float]:
+    "Weights of tokens, times those that a record gives. Raises where there is not one for each of them."
+    if given is None: return weights
+    _check_weights(given, len(weights))
+    if any(weights := [a * b for a, b in zip(weights, given)]): return weights
+    raise Unusable("all of its labelled tokens have the weight 0: remove the record", "without a label")
+
 # %% ../nbs/api/01_tokens.ipynb #01-tokens-13
 def _encode(record: dict, tokenizer, max_length: int | None, crop: bool) -> tuple[dict, bool]:
     "A row as from `encode`, and whether all of its answers have labels."
@@ -60,22 +76,42 @@ def _encode(record: dict, tokenizer, max_length: int | None, crop: bool) -> tupl
     messages = to_messages(record)
     id = str(record.get("id") or record_id(messages))
     try:
-        ids, labels, whole = label_chat(messages, tokenizer)
+        ids, labels, weights, whole = label_chat(messages, tokenizer)
+        weights = _by_token(weights, record.get("token_weights"))
+        labels = [label if weight else -100 for label, weight in zip(labels, weights)]
         _fit(labels, max_length, crop)
     except Unusable as e: raise type(e)(f"record {id!r}: {e}", e.reason) from None
     except ValueError as e: raise ValueError(f"record {id!r}: {e}") from None
-    return dict(input_ids=ids[:max_length], labels=labels[:max_length], id=id), whole
+    row = dict(input_ids=ids[:max_length], labels=labels[:max_length], id=id)
+    return row | (dict(loss_weights=weights[:max_length]) if {*weights[:max_length]} - {0, 1} else {}), whole
 
 def encode(
     record: dict,  # a record of `load_records`, or in any format of `records.FORMATS`
     tokenizer,  # any fast tokenizer with a chat template
     max_length: int | None = None,  # room for prompt and response together, in tokens
     crop: bool = False,  # cut a response that is too long; it then lacks the end-of-turn token
-) -> dict:  # `input_ids` and `labels`, lists of equal length, and `id`
+) -> dict:  # `input_ids`, `labels` and, where some differ from 1, `loss_weights`: lists of equal length; and `id`
     "Token ids of a record with labels on its responses; a `ValueError` names the record that doesn't fit."
     return _encode(record, tokenizer, max_length, crop)[0]
 
+# %% ../nbs/api/01_tokens.ipynb #01-tokens-17a
+def _complete(rows: Sequence[dict]) -> Sequence[dict]:
+    "Rows that all have `loss_weights`, if one has some."
+    if all(row.get("loss_weights") is None for row in rows): return rows
+    ones = [[float(label != -100) for label in row["labels"]] for row in rows]
+    return [row | dict(loss_weights=own if row.get("loss_weights") is None else row["loss_weights"])
+            for row, own in zip(rows, ones)]
+
 # %% ../nbs/api/01_tokens.ipynb #01-tokens-18
+def _warn_of_marks(records: list[dict], tokenizer) -> None:
+    "Count the records with special tokens in their texts."
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    marks = re.compile("|".join(map(re.escape, special)) or "(?!)")
+    found = [marks.search("\n".join(message["content"] for message in to_messages(record))) for record in records]
+    if held := [match[0] for match in found if match]:
+        _log.warning("%d of %d records hold special tokens in their texts, such as %s, which the model reads as marks: "
+                     "write them in another way if they are meant as text", len(held), len(records), held[0])
+
 def encode_all(
     records: Iterable[dict],  # records of `load_records`
     tokenizer,  # any tokenizer with a chat template
@@ -83,7 +119,7 @@ def encode_all(
     too_long: str = "error",  # error, drop or crop: the treatment of a response that exceeds `max_length`
     min_response: int = 0,  # records with fewer response tokens are left out
     left_out: Counter | None = None,  # is filled with the number of records for each reason
-) -> Dataset:  # columns `input_ids`, `labels`, `id`, `cluster`
+) -> Dataset:  # columns `input_ids`, `labels`, `id`, `cluster`, and `loss_weights` where some differ from 1
     "Encode records, leaving out those that can't be used; a `ValueError` if none is left."
     if too_long not in ("error", "drop", "crop"):
         raise ValueError(f"too_long={too_long!r} is unknown: it is one of error, drop, crop")
@@ -101,15 +137,22 @@ def encode_all(
         partial += not whole
     reasons = "; ".join(f"{n} {reason}" for reason, n in skipped.items())
     if not rows: raise NoRecords(f"none of {len(records)} records can be used: {reasons or 'give at least one'}")
+    _warn_of_marks(records, tokenizer)
     if skipped: _log.warning("left out %d of %d records: %s", skipped.total(), len(records), reasons)
     if partial: _log.warning("%d of %d records: only the last answer is trained, as the chat template writes earlier "
                              "answers in another way than last ones", partial, len(rows))
-    return Dataset.from_list(rows)
+    return Dataset.from_list(_complete(rows))
 
 # %% ../nbs/api/01_tokens.ipynb #01-tokens-21
 def _per_token(row: dict, name: str) -> bool:
     "Whether a column has one value for each token."
     return not isinstance(row[name], str) and hasattr(row[name], "__len__") and len(row[name]) == len(row["labels"])
+
+def _weights_of(row: dict) -> Tensor:
+    "The weights of a row (T,); a `ValueError` names the record where they are wrong."
+    try: _check_weights(row["loss_weights"], len(row["labels"]))
+    except ValueError as e: raise ValueError(f"record {row.get('id')!r}: {e}") from None
+    return torch.as_tensor(row["loss_weights"], dtype=torch.float32)
 
 class Collator:
     "Rows to a batch: padded on the right, with the attention mask given by the lengths."
@@ -119,9 +162,11 @@ class Collator:
         self,
         rows: Sequence[dict],  # with `labels`, with `input_ids` or `inputs_embeds` (T, H), and perhaps `id`
     ) -> dict:  # tensors (B, T) and (B, T, H), `attention_mask` (B, T), and `id`: list of str
-        fill = dict(input_ids=self.pad, labels=-100)
-        names = [name for name in rows[0] if name != "attention_mask" and _per_token(rows[0], name)]
+        fill, rows = dict(input_ids=self.pad, labels=-100), _complete(rows)
+        own = "attention_mask", "loss_weights"
+        names = [name for name in rows[0] if name not in own and _per_token(rows[0], name)]
         per_token = {name: [torch.as_tensor(row[name]) for row in rows] for name in names}
+        if "loss_weights" in rows[0]: per_token["loss_weights"] = [_weights_of(row) for row in rows]
         batch = {name: pad_sequence(values, batch_first=True, padding_value=fill.get(name, 0))
                  for name, values in per_token.items()}
         lengths = torch.tensor([len(values) for values in per_token[names[0]]])  # (B,)
@@ -192,6 +237,7 @@ class Layout:
     valid: Tensor  # (B, T) bool, from `valid_tokens`
     targets: Tensor  # (N,) token ids
     documents: Tensor  # (N,) number of the document of each token
+    weights: Tensor  # (N,) float, how much the data says that each token counts; 1 where it says nothing
     def predicting(
         self,
         hidden: Tensor,  # (..., B, T, H) hidden states, or logits (..., B, T, V)
@@ -208,11 +254,13 @@ class Layout:
         return out
 
 def lay_out(
-    batch: Mapping,  # padded or packed, with `labels` (B, T)
+    batch: Mapping,  # padded or packed, with `labels` (B, T) and perhaps `loss_weights` (B, T)
 ) -> Layout:  # of the N valid tokens, row by row
     "The valid tokens of a batch, one after the other."
-    valid = valid_tokens(batch["labels"], batch.get("position_ids"))
-    return Layout(valid, batch["labels"][valid], document_numbers(batch)[valid])
+    labels, weights = batch["labels"], batch.get("loss_weights")
+    if weights is None: weights = torch.ones(labels.shape, device=labels.device)
+    valid = valid_tokens(labels, batch.get("position_ids")) & (weights > 0)
+    return Layout(valid, labels[valid], document_numbers(batch)[valid], weights[valid].float())
 
 # %% ../nbs/api/01_tokens.ipynb #01-tokens-43
 def token_frame(

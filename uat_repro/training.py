@@ -20,19 +20,21 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from .models import use_bf16
 from .objective import Objective, ObjectiveOutput
-from .tokens import Collator, LengthSampler, token_frame
+from .tokens import Collator, LengthSampler, lay_out, token_frame
 
 # %% ../nbs/api/09_training.ipynb #09-training-07
-_SUMS = ("mle", "selected", "distill", "distilled", "entropy", "valid", "tokens")
+_SUMS = ("mle", "trained", "distill", "distilled", "selected", "entropy", "correct", "valid", "tokens")
 
 def _sums(o: Objective, out: ObjectiveOutput, batch) -> Tensor:
     "Sums over one micro-batch, in the order of `_SUMS`."
-    valid = ~out.token_loss.isnan()  # (B, T)
-    selected, response = out.selected.sum(), valid.sum()
-    distilled = response if o.distill_on == "all" else response - selected
+    layout = lay_out(batch)
+    valid, selected = layout.valid, out.selected[layout.valid]  # (B, T), (N,)
+    trained, response = layout.weights[selected].sum(), layout.weights.sum()
+    distilled = response if o.distill_on == "all" else layout.weights[~selected].sum()
     tokens = batch["attention_mask"].sum() if "attention_mask" in batch else batch["labels"].numel()
     entropy = out.token_entropy[valid].sum()
-    sums = out.mle * selected, selected, out.distill * distilled, distilled, entropy, response, tokens
+    means = out.mle * trained, trained, out.distill * distilled, distilled
+    sums = *means, selected.sum(), entropy, out.token_correct.sum(), valid.sum(), tokens
     return torch.stack([torch.as_tensor(x, dtype=torch.float64, device=valid.device) for x in sums])
 
 # %% ../nbs/api/09_training.ipynb #09-training-08
@@ -40,9 +42,9 @@ def _means(sums: Tensor, seconds: float) -> dict[str, float]:
     "What the log shows of the sums; 0 where nothing was summed."
     s = dict(zip(_SUMS, sums.tolist()))
     share = lambda a, b: s[a] / s[b] if s[b] else 0.0
-    return dict(mle=share("mle", "selected"), distill=share("distill", "distilled"),
+    return dict(mle=share("mle", "trained"), distill=share("distill", "distilled"),
                 selected_fraction=share("selected", "valid"), entropy=share("entropy", "valid"),
-                tokens_per_second=s["tokens"] / seconds)
+                accuracy=share("correct", "valid"), tokens_per_second=s["tokens"] / seconds)
 
 # %% ../nbs/api/09_training.ipynb #09-training-11
 class _Logging:
@@ -131,20 +133,22 @@ class _Counting(_Logging):
 
 # %% ../nbs/api/09_training.ipynb #09-training-24
 class _Evaluating(_Counting):
-    "For a Trainer: its `eval_loss` is the mean over all response tokens, whatever it trains on."
+    "For a Trainer: its `eval_loss` and `eval_accuracy` are means over all response tokens, whatever it trains on."
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         "The loss of this batch over all response tokens, and no predictions."
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.accelerator.autocast(): out = Objective.preset("mle")(model, inputs)
-        rows = out.token_loss.double().where(out.selected, 0).sum(1), out.selected.sum(1).double()  # (B,) each
-        self._evaluated = self._evaluated + self.accelerator.gather_for_metrics(torch.stack(rows, 1)).sum(0)
+        parts = out.token_loss.where(out.selected, 0), out.token_correct, out.selected  # (B, T) each
+        rows = torch.stack([part.double().sum(1) for part in parts], 1)  # (B, 3)
+        self._evaluated = self._evaluated + self.accelerator.gather_for_metrics(rows).sum(0)
         return out.loss, None, None
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # sum of losses, tokens
+        self._evaluated = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # losses, right ones, tokens
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        losses, tokens = self._evaluated.tolist()
-        output.metrics[f"{metric_key_prefix}_loss"] = losses / tokens if tokens else float("nan")
+        *sums, tokens = self._evaluated.tolist()
+        for name, total in zip(("loss", "accuracy"), sums):
+            output.metrics[f"{metric_key_prefix}_{name}"] = total / tokens if tokens else float("nan")
         return output
 
 # %% ../nbs/api/09_training.ipynb #09-training-25

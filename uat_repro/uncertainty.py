@@ -6,7 +6,7 @@ Docs: https://uat-repro.github.io/uat-repro/api/uncertainty.html.md"""
 
 # %% auto #0
 __all__ = ['SCORES', 'Decomposition', 'decompose', 'Reliability', 'TokenUncertainty', 'pool', 'score_samples', 'MCDropout',
-           'Ensemble', 'LeftOut', 'leave_one_out', 'choose_posterior', 'score_tokens']
+           'Heads', 'Ensemble', 'LeftOut', 'leave_one_out', 'choose_posterior', 'score_tokens']
 
 # %% ../nbs/api/05_uncertainty.ipynb #05-uncertainty-03
 import math
@@ -165,10 +165,12 @@ class MCDropout:
         with eval_mode(network): return score_samples(network, shared, states, head_of(network))
 
 # %% ../nbs/api/05_uncertainty.ipynb #05-uncertainty-43
-class _Heads(NamedTuple):
+class Heads(NamedTuple):
     "One head for each sample, applied side by side."
-    weight: Tensor  # (V, H) of the first, which tells the size of the vocabulary
     heads: tuple  # one `Head` for each sample
+
+    @property
+    def weight(self) -> Tensor: return self.heads[0].weight  # (V, H), which tells the size of the vocabulary
 
     def logits(self, hidden: Tensor) -> Tensor:  # (S, n, V) from (S, n, H)
         return torch.stack([head.logits(h) for head, h in zip(self.heads, hidden)])
@@ -190,8 +192,7 @@ class Ensemble:
     ) -> TokenUncertainty:  # (B, T) each
         "Uncertainty of every response token, from the disagreement of the members."
         states = torch.stack([hidden_states(m, batch) for m in self.models])  # (S, B, T, H)
-        heads = tuple(head_of(m) for m in self.models)
-        return score_samples(model, batch, states, _Heads(heads[0].weight, heads))
+        return score_samples(model, batch, states, Heads(tuple(map(head_of, self.models))))
 
 # %% ../nbs/api/05_uncertainty.ipynb #05-uncertainty-49
 class LeftOut(NamedTuple):
@@ -221,7 +222,7 @@ def _left_out(logits: Tensor, targets: Tensor) -> LeftOut:
 def leave_one_out(
     states: Tensor,  # (S, N, H) hidden states of at least 3 samples
     targets: Tensor,  # (N,) token ids
-    head,  # reads the states of all samples
+    head,  # reads the states of all samples; `Heads` where each has its own
 ) -> LeftOut:  # row k is about sample k, and comes from all samples but k
     "Uncertainty of each token by all samples but one, and its loss under that one."
     if len(states) < 3: raise ValueError(f"{len(states)} samples were given; at least 3 are needed to leave one out")

@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import fmean
 
 import psutil, yaml
+from ._arguments import read_sections
 from ._files import files_of
 from ._verify import discard_altered
 from .results import (AXES, catalogue, check_disk, claim_folder, cost, figures, inside, locked, manifest,
@@ -51,9 +52,7 @@ def _sections(name: str) -> dict:
     path = shipped.get(name, Path(name))
     if not path.is_file():
         raise ValueError(f"there is no profile {name!r}: {nearest(name, shipped)}, or the path of a .yaml file")
-    try: own = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as e: raise ValueError(f"{path} is no valid YAML: {e}") from None
-    if not isinstance(own, dict): raise ValueError(f"{path} holds a {type(own).__name__}: make it sections with names")
+    own = read_sections(path)
     base = _sections(own.pop("base")) if "base" in own else {}
     return {**base, **{k: {**base[k], **v} if k in base and isinstance(v, dict) else v for k, v in own.items()}}
 

@@ -1,0 +1,281 @@
+"""Weights of records, turns and tokens: from the data to the gradient, against formulas written out in a loop."""
+import json, math
+
+import pytest, torch
+import torch.distributed as dist
+from datasets import Dataset
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainingArguments
+
+from examples import PAIRS, flat_grad, logits_of, rows, tokenizer
+from test_training import InOrder, two_processes
+from uat_repro.distillation import FrozenTeacher
+from uat_repro.models import tiny_model
+from uat_repro.objective import PRESETS, Objective
+from uat_repro.records import load_records, record_id, to_messages
+from uat_repro.tokens import Collator, encode, encode_all
+
+collate = Collator(tokenizer)
+
+
+def weighted():
+    "The examples with a random weight for each token; some are 0."
+    draw, out = torch.Generator().manual_seed(0), rows()
+    for row in out:
+        w = 2 * torch.rand(len(row["labels"]), generator=draw)
+        w[torch.rand(len(w), generator=draw) < .2] = 0
+        row["loss_weights"] = w.tolist()
+    return out
+
+
+def gradient(o, data, parts):
+    "Of one step, in micro-batches of these sizes."
+    model, data, teacher = tiny_model(), iter(data), FrozenTeacher(tiny_model(seed=1))
+    batches = [collate([next(data) for _ in range(n)]) for n in parts]
+    total = sum(o.counts(b) for b in batches)
+    for b in batches: o(model, b, teacher=teacher, num_items=total).loss.backward()
+    return flat_grad(model)
+
+
+def by_hand(o, model, teacher, data):
+    "The equation of the notebook, token by token, for selection by number and by sequence or batch."
+    batch = collate(data)
+    log_p, log_q = (logits_of(m, batch).double().log_softmax(-1) for m in (model, teacher))
+    groups = {}
+    for b, row in enumerate(data):
+        for t in range(1, len(row["labels"])):
+            y, a = row["labels"][t], row["loss_weights"][t]
+            if y == -100 or a == 0: continue
+            p, q = log_p[b, t - 1], log_q[b, t - 1].detach()
+            groups.setdefault(b if o.scope == "sequence" else 0, []).append((-p[y], (q.exp() * (q - p)).sum(), a))
+    mask = kl = trained = distilled = 0.
+    for tokens in groups.values():
+        mean, kept = sum(a for *_, a in tokens) / len(tokens), math.ceil(o.keep * len(tokens))
+        order = sorted(range(len(tokens)), key=lambda i: -tokens[i][0].item())
+        rest = range(len(tokens)) if o.distill_on == "all" else order[kept:]
+        mask, trained = mask + sum(tokens[i][2] * tokens[i][0] for i in order[:kept]), trained + mean * kept
+        kl, distilled = kl + sum(tokens[i][2] * tokens[i][1] for i in rest), distilled + mean * len(rest)
+    return mask / trained + o.distill_weight * kl / max(distilled, 1e-9)
+
+
+@pytest.mark.parametrize("o", [Objective(distill_weight=.7), Objective(scope="sequence", keep=.4, distill_weight=.5),
+                               Objective.preset("mle"), Objective.preset("mle_kl")], ids=str)
+def test_the_gradient_is_that_of_a_loop(o):
+    model, teacher, data = tiny_model().double(), tiny_model(seed=1).double(), weighted()
+    loss = by_hand(o, model, teacher, data)
+    loss.backward()
+    student = tiny_model()
+    out = o(student, collate(data), teacher=FrozenTeacher(tiny_model(seed=1)))
+    out.loss.backward()
+    torch.testing.assert_close(out.loss.double(), loss, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(flat_grad(student).double(), flat_grad(model), atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("o", [Objective.preset("document_masked_mle", keep=.5), Objective(threshold=5.5)], ids=str)
+def test_where_the_number_is_not_known_the_weights_of_the_selected_divide(o):
+    data = weighted()
+    out = o(tiny_model(), collate(data))
+    a = collate(data)["loss_weights"][out.selected]
+    expected = (a * out.token_loss[out.selected]).sum() / a.sum()
+    torch.testing.assert_close(out.loss, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out.mle, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_weights_of_one_change_no_bit(name):
+    o, teacher, ones = Objective.preset(name), FrozenTeacher(tiny_model(seed=1)), rows()
+    for row in ones: row["loss_weights"] = [float(label != -100) for label in row["labels"]]
+    found = []
+    for data in rows(), ones:
+        torch.manual_seed(0)  # of the random metric
+        out = o(model := tiny_model(), collate(data), teacher=teacher)
+        out.loss.backward()
+        found.append((out.loss, out.mle, out.distill, flat_grad(model), o.counts(collate(data))))
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_weight_zero_is_a_masked_label(name):
+    o, teacher, zeros, masked = Objective.preset(name), FrozenTeacher(tiny_model(seed=1)), rows(), rows()
+    for a, b in zip(zeros, masked):
+        a["loss_weights"] = [float(t % 3 != 0) for t in range(len(a["labels"]))]
+        b["labels"] = [label if t % 3 else -100 for t, label in enumerate(b["labels"])]
+    found = []
+    for data in zeros, masked:
+        torch.manual_seed(0)
+        out = o(model := tiny_model(), collate(data), teacher=teacher)
+        out.loss.backward()
+        found.append((out.loss, out.selected, flat_grad(model)))
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+BY_SEQUENCE = [Objective(scope="sequence", distill_weight=.5), Objective.preset("mle"), Objective.preset("dft")]
+
+
+@pytest.mark.parametrize("o", BY_SEQUENCE, ids=str)
+def test_accumulation_changes_nothing(o):
+    whole = gradient(o, weighted(), [6])
+    for parts in [2, 2, 2], [1, 4, 1], [1] * 6:
+        torch.testing.assert_close(gradient(o, weighted(), parts), whole, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("o", [*BY_SEQUENCE, Objective(threshold=5.5)], ids=str)
+def test_a_record_of_weight_two_is_the_record_twice(o):
+    heavy = rows()
+    heavy[2]["loss_weights"] = [2.] * len(heavy[2]["labels"])
+    torch.testing.assert_close(gradient(o, heavy, [6]), gradient(o, [*rows(), rows()[2]], [7]), atol=1e-6, rtol=1e-4)
+    halves = [row | dict(loss_weights=[w / 2 for w in row.get("loss_weights", [1.] * len(row["labels"]))])
+              for row in heavy]
+    torch.testing.assert_close(gradient(o, halves, [6]), gradient(o, heavy, [6]), atol=1e-6, rtol=1e-4)
+
+
+def test_a_packed_batch_keeps_its_weights():
+    padded = collate(weighted())
+    real = padded["attention_mask"].bool()
+    packed = {k: padded[k][real][None] for k in ("input_ids", "labels", "loss_weights")}
+    packed["position_ids"] = (real.cumsum(1) - 1)[real][None]
+    for o in (Objective(), Objective(scope="sequence", keep=.4), Objective.preset("document_masked_mle", keep=.5)):
+        one, other = o(tiny_model(), padded), o(tiny_model(), packed)
+        torch.testing.assert_close(one.loss, other.loss, atol=1e-5, rtol=1e-5)
+        assert torch.equal(one.selected[real], other.selected[0])
+
+
+SPLIT = {
+    "sequence": Objective(scope="sequence", distill_weight=.5), "global": Objective(scope="global", distill_weight=.5),
+    "mle": Objective.preset("mle"),
+    "global documents": Objective(
+        granularity="document", scope="global", keep=.5, distill_weight=.5, distill_on="all"),
+}
+
+
+def on_two_ranks(rank, out):
+    found = {}
+    for name, o in SPLIT.items():
+        model, batch = tiny_model(), collate(weighted()[:2] if rank else weighted()[2:])
+        wrapped, total = DistributedDataParallel(model), o.counts(batch)
+        dist.all_reduce(total)
+        (2 * o(wrapped, batch, teacher=FrozenTeacher(tiny_model(seed=1)), num_items=total).loss).backward()
+        found[name] = flat_grad(model)
+    if rank == 0: torch.save(found, out)
+
+
+def test_two_processes_equal_one(tmp_path):
+    two_processes(on_two_ranks, tmp_path/"store", tmp_path/"out.pt")
+    together = torch.load(tmp_path/"out.pt", weights_only=True)
+    data = weighted()[2:] + weighted()[:2]  # in the order of the ranks
+    for name, o in SPLIT.items():
+        torch.testing.assert_close(together[name], gradient(o, data, [6]), atol=1e-5, rtol=1e-3,
+                                   msg=lambda m: f"{name}: {m}")
+
+
+# ---- from the data -------------------------------------------------------------------------------
+
+def chat(**fields): return [dict(role="user", content="2 + 2?"), dict(role="assistant", content="4", **fields)]
+
+
+def weights_of(record): return {*encode(record, tokenizer).get("loss_weights", [])}
+
+
+def test_weights_of_records_turns_and_tokens_multiply():
+    assert weights_of(dict(messages=chat() + chat(weight=.5), weight=4)) == {0, 4, 2}
+    assert weights_of(dict(question="2 + 2?", answer="4", weight=3)) == {0, 3}
+    assert weights_of(dict(messages=chat() + chat(weight=0))) == weights_of(dict(messages=chat())) == set()
+    plain = encode(dict(messages=chat()), tokenizer)["labels"]
+    first = next(i for i, label in enumerate(plain) if label != -100)
+    tokens = [3] * len(plain)
+    tokens[first] = 0
+    row = encode(dict(messages=chat(weight=2), token_weights=tokens), tokenizer)
+    assert row["loss_weights"] == [6 * (label != -100) for label in row["labels"]]
+    assert row["labels"] == [-100 if i == first else label for i, label in enumerate(plain)]
+
+
+def test_no_column_where_all_weights_are_one():
+    plain, heavy = [dict(id=str(w), messages=chat(weight=w)) for w in (1, 2)]
+    assert "loss_weights" not in encode_all([plain, plain], tokenizer).column_names
+    both = encode_all([plain, heavy], tokenizer)
+    assert [max(w) for w in both["loss_weights"]] == [1, 2] and both["labels"][0] == both["labels"][1]
+    batch = collate([encode(plain, tokenizer), encode(heavy, tokenizer)])
+    assert batch["loss_weights"].max(1).values.tolist() == [1, 2]
+
+
+def test_weights_come_from_files_and_change_no_name(tmp_path):
+    file = tmp_path/"mine.jsonl"
+    raw = [dict(messages=chat(), weight=.5), dict(question="1 + 1?", answer="2", weight=2)]
+    file.write_text("\n".join(map(json.dumps, raw)))
+    first, second = load_records(file, "all")
+    assert (first["messages"][1]["weight"], second["messages"][1]["weight"]) == (.5, 2)
+    assert first["id"] == record_id(to_messages(dict(messages=chat())))
+    assert to_messages(first) == first["messages"]
+
+
+def test_a_crop_cuts_weights_too():
+    record = dict(question="2 + 2?", answer="so many words", weight=2)
+    n = len(encode(record, tokenizer)["labels"])
+    row = encode(record, tokenizer, n - 4, crop=True)
+    assert len(row["loss_weights"]) == len(row["labels"]) == n - 4
+
+
+@pytest.mark.parametrize("wrong", [-1, math.nan, math.inf, "high"], ids=str)
+def test_bad_weights_are_refused_in_one_line_that_names_the_record(wrong):
+    tokens = len(encode(dict(messages=chat()), tokenizer)["labels"])
+    for record in (dict(messages=chat(), weight=wrong), dict(messages=chat(weight=wrong)),
+                   dict(messages=chat(), token_weights=[1] * (tokens - 1) + [wrong])):
+        with pytest.raises(ValueError, match="record 'x7'.*weight") as e: encode(record | dict(id="x7"), tokenizer)
+        assert "\n" not in str(e.value)
+    row = rows()[0] | dict(id="x7")
+    with pytest.raises(ValueError, match="record 'x7'.*weight"):
+        collate([row | dict(loss_weights=[wrong] * len(row["labels"]))])
+    with pytest.raises(ValueError, match="record 'x7'.*weight"): collate([row | dict(loss_weights=[1.])])
+    with pytest.raises(ValueError, match="record 'x7'.*weight"):
+        encode(dict(id="x7", messages=chat(), token_weights=[1]), tokenizer)
+
+
+# ---- in the Trainers -----------------------------------------------------------------------------
+
+def arguments(folder, **changes):
+    return dict(output_dir=str(folder), max_steps=1, optim="sgd", learning_rate=1., lr_scheduler_type="constant",
+                max_grad_norm=0, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+                use_cpu=True) | changes
+
+
+def change(trainer):
+    before = torch.cat([p.detach().flatten().clone() for p in trainer.model.parameters()])
+    trainer.train()
+    return before - torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+@pytest.mark.parametrize("size, accumulation", [(6, 1), (2, 3)])
+def test_the_trainer_takes_them(size, accumulation, tmp_path):
+    o, teacher = BY_SEQUENCE[0], FrozenTeacher(tiny_model(seed=1))
+    args = TrainingArguments(**arguments(tmp_path, per_device_train_batch_size=size,
+                                         gradient_accumulation_steps=accumulation))
+    trainer = InOrder(tiny_model(), args, o, teacher, train_dataset=weighted(), processing_class=tokenizer)
+    torch.testing.assert_close(change(trainer), gradient(o, weighted(), [6]), atol=1e-5, rtol=1e-3)
+    log = next(r for r in trainer.state.log_history if "mle" in r)
+    out, a = o(tiny_model(), collate(weighted()), teacher=teacher), collate(weighted())["loss_weights"]
+    mean = lambda x, on: ((a * x)[on].sum() / a[on].sum()).item()
+    assert log["mle"] == pytest.approx(mean(out.token_loss, out.selected), rel=1e-4)
+    assert log["mle"] == pytest.approx(out.mle.item(), rel=1e-4)
+
+
+def test_an_evaluation_counts_each_token_once(tmp_path):
+    args = TrainingArguments(**arguments(tmp_path, per_device_eval_batch_size=4))
+    trainer = InOrder(tiny_model(), args, train_dataset=rows(), processing_class=tokenizer)
+    halves = [row | dict(loss_weights=[.5 * (i + 1)] * len(row["labels"])) for i, row in enumerate(rows())]
+    assert trainer.evaluate(halves)["eval_loss"] == pytest.approx(trainer.evaluate(rows())["eval_loss"], rel=1e-6)
+
+
+def test_trl_takes_them_with_our_collator_and_refuses_to_lose_them(tmp_path):
+    trl = pytest.importorskip("trl", reason="TRL is an optional companion: pip install trl")
+    from uat_repro.sft import UncertaintyAwareSFTTrainer
+    data = Dataset.from_list(weighted())
+    def trainer(collator=None, rows=data, **changes):
+        args = trl.SFTConfig(**arguments(tmp_path, per_device_train_batch_size=6, bf16=False, **changes))
+        return UncertaintyAwareSFTTrainer(tiny_model(), args, "mle", train_dataset=rows, processing_class=tokenizer,
+                                          data_collator=collator)
+    expected = gradient(Objective.preset("mle"), weighted(), [6])
+    torch.testing.assert_close(change(trainer(collate)), expected, atol=1e-5, rtol=1e-3)
+    raw = Dataset.from_list([dict(messages=chat(), weight=2.)])
+    for attempt in (lambda: trainer(), lambda: trainer(collate, packing=True, max_length=64),
+                    lambda: trainer(rows=raw)):
+        with pytest.raises(ValueError, match="TRL does not read weights"): attempt()
