@@ -19,10 +19,12 @@ from .distillation import (
 )
 from .objective import (
     METRICS as METRICS, WEIGHTS as WEIGHTS, Metric as Metric, Objective as Objective,
-    ObjectiveOutput as ObjectiveOutput, Weight as Weight, as_compute_loss_func as as_compute_loss_func,
+    ObjectiveOutput as ObjectiveOutput, Weight as Weight,
 )
+from .compute_loss import as_compute_loss_func as as_compute_loss_func
 from .training import AtSteps as AtSteps, TokenLog as TokenLog, UncertaintyAwareTrainer as UncertaintyAwareTrainer
 from .evaluation import evaluate as evaluate, measure_baseline as measure_baseline
+from .answers import exact_match as exact_match, join_layers as join_layers
 from .sft import UncertaintyAwareSFTTrainer as UncertaintyAwareSFTTrainer
 
 __version__: str
