@@ -172,7 +172,8 @@ def main() -> int:
     STAGE.mkdir()
     results = args.results.resolve()
     with ProcessPoolExecutor(2) as pool:
-        library = {page: pool.submit(run, page) for page in notebooks() if page.parts[0] in ("api", "benchmarks.ipynb", "contributing.ipynb", "howto.ipynb")}
+        now = ("api", "benchmarks.ipynb", "contributing.ipynb", "howto.ipynb")
+        library = {page: pool.submit(run, page) for page in notebooks() if page.parts[0] in now}
     for page in notebooks(): stage(page, library[page].result() if page in library else executed(page, results))
     if (ROOT / "reference").exists(): shutil.copytree(ROOT / "reference", STAGE / "measured")
     shutil.copy(ROOT / "tools/site.css", STAGE)

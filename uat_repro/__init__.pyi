@@ -1,4 +1,4 @@
-"""The public names for those who read without running: type checkers and editors. At run time they load on first use."""
+"""The public names for type checkers and editors, which read and do not run: at run time they load on first use."""
 from .records import load_records as load_records, to_messages as to_messages
 from .tokens import (
     Collator as Collator, LengthSampler as LengthSampler, encode as encode, encode_all as encode_all,
@@ -19,10 +19,12 @@ from .distillation import (
 )
 from .objective import (
     METRICS as METRICS, WEIGHTS as WEIGHTS, Metric as Metric, Objective as Objective,
-    ObjectiveOutput as ObjectiveOutput, Weight as Weight, as_compute_loss_func as as_compute_loss_func,
+    ObjectiveOutput as ObjectiveOutput, Weight as Weight,
 )
+from .compute_loss import as_compute_loss_func as as_compute_loss_func
 from .training import AtSteps as AtSteps, TokenLog as TokenLog, UncertaintyAwareTrainer as UncertaintyAwareTrainer
 from .evaluation import evaluate as evaluate, measure_baseline as measure_baseline
+from .answers import exact_match as exact_match, join_layers as join_layers
 from .sft import UncertaintyAwareSFTTrainer as UncertaintyAwareSFTTrainer
 
 __version__: str
