@@ -6,7 +6,7 @@ Docs: https://uat-repro.github.io/uat-repro/api/tasks.html.md"""
 
 # %% auto #0
 __all__ = ['load', 'read_rows', 'mark_selected', 'write_scores', 'least_sure', 'kind_of', 'selected_kinds', 'alike', 'harm',
-           'train_model', 'sides', 'second', 'digest', 'keep_start', 'keep_run', 'keep_config', 'keep_card',
+           'summary', 'train_model', 'sides', 'second', 'digest', 'keep_start', 'keep_run', 'keep_config', 'keep_card',
            'trainer_arguments', 'run_training']
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-03
@@ -110,6 +110,11 @@ def harm(tokens: pd.DataFrame, most: float = 0.02) -> str:
     verdict = "harmless, so the uncertainties are about this model"
     if change > most: verdict = "too much: they are about a worse model; lower --p or choose other --sites"
     return f"dropout changes the mean loss by {change:+.1%}: {verdict}"
+
+# %% ../nbs/api/18b_tasks.ipynb #18b-tasks-44
+def summary(tokens: pd.DataFrame, by: str) -> list[str]:
+    "What there is to say about scored tokens, line by line."
+    return [*filter(None, [*least_sure(tokens, by), selected_kinds(tokens), alike(tokens), harm(tokens)])]
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-14
 def train_model(model, tokenizer, rows, validation, objective: str, lora=False, reference=None, resume=False, **args):

@@ -240,8 +240,7 @@ def score(
     tokens = tasks.mark_selected(score_tokens(network, tokenizer, rows, posterior))
     tasks.write_scores(out, tokens, by, show, f"{Path(dataset).stem}, scored by {Path(model).name}")
     print(f"{len(tokens)} tokens of {len(rows)} records: {out / 'tokens.parquet'}, {out / 'tokens.html'}")
-    said = [*tasks.least_sure(tokens, by), tasks.selected_kinds(tokens), tasks.alike(tokens), tasks.harm(tokens)]
-    print(*filter(None, said), sep="\n")
+    print(*tasks.summary(tokens, by), sep="\n")
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-65
 @app.command()

@@ -300,6 +300,7 @@ def _refuse(complaint: str) -> None:
     "Raise a complaint about a file, with the way around it."
     raise ValueError(f"{complaint}; mend the file, or leave such records out (--on-error skip, in Python strict=False)")
 
+# %% ../nbs/api/00_records.ipynb #00-records-52
 def load_records(
     name: str | Path,  # of `NAMES`, owner/name on the hub, or the path of a file with one of the `ENDINGS`
     split: str = "train",  # train, validation, test, or all
