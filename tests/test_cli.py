@@ -209,3 +209,14 @@ def test_a_missing_login_is_told_before_anything_is_loaded(tmp_path, monkeypatch
     monkeypatch.setattr(_tasks.hub, "whoami", whoami)
     assert cli.main(["train", "gsm8k", "--out", str(tmp_path), "--push-to-hub", "someone/sums"]) == 1
     assert "hf auth login" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["score", "cache", "train"])
+def test_every_command_that_reads_takes_names_of_columns(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "theirs.jsonl").write_text("\n".join(json.dumps(dict(ask=f"{i}?", reply=f"{i}")) for i in range(40)))
+    asked = [command, "theirs.jsonl", "--model", "tiny-llama", "--out", "out"]
+    assert cli.main(asked) == 1 and "has no known format" in capsys.readouterr().err
+    assert cli.main([*asked, "--columns", "prompt=ask,completion=replies"]) == 1
+    assert "there is no column 'replies', but ask, reply" in capsys.readouterr().err
+    assert cli.main([*asked, "--columns", "prompt=ask,completion=reply"]) == 0

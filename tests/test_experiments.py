@@ -42,3 +42,15 @@ def test_the_same_run_leaves_the_same_files_bit_for_bit(tmp_path):
     go("why_curriculum", "why_curriculum", prepared=prepared, uncertainty=uncertainty)
     go("why_combined", "why_combined", prepared=prepared, others=others)
     go("answers", "answers", prepared=prepared, arms=dict(mle={}, combined={}), problems=3)
+
+
+def test_columns_are_renamed_and_unusable_records_are_counted(tmp_path, monkeypatch):
+    sums = [dict(ask=f"{i} + {i}?", reply=f"{2 * i}") for i in range(150)]
+    records = [dict(ask="Why?", reply=""), dict(text="no format"), *sums]
+    (tmp_path / "gsm8k.jsonl").write_text("\n".join(map(json.dumps, records)))
+    monkeypatch.setenv("UAT_REPRO_DATA_DIR", str(tmp_path))
+    process = start("prepare", dataset="gsm8k", out=str(tmp_path / "out"), columns=dict(prompt="ask", completion="reply"),
+                    counts=dict(train=4, validation=2, test=2))
+    assert process.wait() == 0
+    made = json.loads((tmp_path / "out/result.json").read_text())
+    assert made["left_out"]["train"] == dict(unusable=2, seen=34)

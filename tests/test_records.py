@@ -334,3 +334,24 @@ def test_wrong_names(tmp_path):
     fails("limit is -1", call=lambda: load_records("alpaca", limit=-1))
     fails("not a folder", kind=FileNotFoundError, call=lambda: load_records("alpaca", data_dir=tmp_path / "no"))
     fails("no file", kind=FileNotFoundError, call=lambda: load_records(str(tmp_path / "no.jsonl")))
+
+
+def test_any_data_set_of_the_hub_is_read_with_names_of_columns(monkeypatch, caplog):
+    import datasets
+    rows = [dict(ask=f"{i}?", reply=f"{i}", level=3) for i in range(5)]
+    stand_in = datasets.DatasetDict(train=datasets.Dataset.from_list(rows), test=datasets.Dataset.from_list(rows[:2]))
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda **given: asked.append(given) or stand_in)
+    columns = dict(prompt="ask", completion="reply")
+    found = load_records("someone/sums/main@v1", "test", columns=columns)
+    assert asked == [dict(path="someone/sums", name="main", revision="v1")]
+    assert [r["messages"][1]["content"] for r in found] == ["0", "1"]
+    assert caplog.text.count("field 'level' is not read") == 1
+
+
+def test_a_name_that_the_hub_does_not_know_is_one_line(monkeypatch):
+    import datasets
+    def absent(**given): raise ConnectionError("offline\nhere")
+    monkeypatch.setattr(datasets, "load_dataset", absent)
+    with pytest.raises(FileNotFoundError, match="the hub did not give .* ConnectionError: offline here"):
+        load_records("someone/sums")

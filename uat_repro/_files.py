@@ -46,6 +46,7 @@ def _broken(error: json.JSONDecodeError, path: Path, n: int, line: int) -> EOFEr
     if cut: return EOFError(f"{path} is cut off inside record {n} (line {line})")
     return ValueError(f"{path}, line {line}: record {n} is not valid JSON ({error.msg}): correct or remove it")
 
+# %% ../nbs/api/00a_files.ipynb #00a-files-27
 def _elements(path: Path, chunk: int = 1 << 20) -> Iterator[tuple[int, object]]:
     "Stream the elements of a JSON array of any size, each with its line; `chunk` characters at a time, or more."
     text, at, line, n, opening = "", 0, 1, 1, "["

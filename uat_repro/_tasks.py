@@ -6,7 +6,7 @@ Docs: https://uat-repro.github.io/uat-repro/api/tasks.html.md"""
 
 # %% auto #0
 __all__ = ['load', 'read_rows', 'mark_selected', 'write_scores', 'least_sure', 'kind_of', 'selected_kinds', 'alike', 'harm',
-           'train_model', 'sides', 'second', 'digest', 'keep_start', 'keep_run', 'keep_config', 'keep_card',
+           'summary', 'train_model', 'sides', 'second', 'digest', 'keep_start', 'keep_run', 'keep_config', 'keep_card',
            'trainer_arguments', 'run_training']
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-03
@@ -20,6 +20,7 @@ from transformers import PrinterCallback, TrainingArguments
 
 from ._card import model_card
 from ._files import file_hash
+from ._hub import read_columns
 from .distillation import AdapterTeacher, FrozenTeacher
 from .masking import count_kept
 from .models import add_lora, load_model, weights_hash
@@ -36,10 +37,20 @@ def load(model: str, chat_template: str = ""):
     network, tokenizer = load_model(model)
     return network.to(PartialState().device), use_template(tokenizer, chat_template)
 
-def read_rows(dataset: str, split: str, limit: int, data_dir, on_error: str | None, tokenizer, max_length: int):
+def read_rows(
+    dataset: str,  # a name or a file, as for `load_records`
+    split: str,  # train, validation, test or all
+    limit: int,  # largest number of records
+    data_dir: Path | None,  # folder of the user's own data
+    on_error: str | None,  # "stop" or "skip" at an unusable record
+    columns: str,  # names of columns, as for `read_columns`
+    tokenizer,  # with a chat template
+    max_length: int,  # tokens of a record
+):
     "Encoded records of a data set; long responses are cropped."
     strict = None if on_error is None else on_error == "stop"
-    return encode_all(load_records(dataset, split, limit, data_dir, strict), tokenizer, max_length, too_long="crop")
+    records = load_records(dataset, split, limit, data_dir, strict, read_columns(columns))
+    return encode_all(records, tokenizer, max_length, too_long="crop")
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-09
 def mark_selected(tokens: pd.DataFrame, keep: float = 0.25) -> pd.DataFrame:
@@ -99,6 +110,11 @@ def harm(tokens: pd.DataFrame, most: float = 0.02) -> str:
     verdict = "harmless, so the uncertainties are about this model"
     if change > most: verdict = "too much: they are about a worse model; lower --p or choose other --sites"
     return f"dropout changes the mean loss by {change:+.1%}: {verdict}"
+
+# %% ../nbs/api/18b_tasks.ipynb #18b-tasks-44
+def summary(tokens: pd.DataFrame, by: str) -> list[str]:
+    "What there is to say about scored tokens, line by line."
+    return [*filter(None, [*least_sure(tokens, by), selected_kinds(tokens), alike(tokens), harm(tokens)])]
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-14
 def train_model(model, tokenizer, rows, validation, objective: str, lora=False, reference=None, resume=False, **args):
@@ -200,7 +216,8 @@ def run_training(asked) -> None:
     if asked.push_to_hub: hub.whoami()  # and so is a missing login
     began, (network, tokenizer) = time.time(), load(asked.model, asked.chat_template)
     def read(part, limit):
-        return read_rows(asked.dataset, part, limit, asked.data_dir, asked.on_error, tokenizer, asked.max_length)
+        return read_rows(asked.dataset, part, limit, asked.data_dir, asked.on_error, asked.columns, tokenizer,
+                         asked.max_length)
     rows, held_out = sides(read, asked.documents)
     name, spec, reference = Path(asked.dataset).stem, Path(asked.model).name, asked.reference
     other = reference and second(reference, tokenizer)

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from ._arguments import (DataDir, Dataset, Json, Length, Model, OnError, Split, Template, Training, option,
+from ._arguments import (Columns, DataDir, Dataset, Json, Length, Model, OnError, Split, Template, Training, option,
                                    takes)
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-08
@@ -215,6 +215,7 @@ def doctor(
 @app.command()
 def score(
     dataset: Dataset,
+    columns: Columns = "",
     model: Model = "smollm2-135m",
     chat_template: Template = "",
     out: option(Path, help="Folder for tokens.parquet and tokens.html.") = Path("scores"),
@@ -235,12 +236,11 @@ def score(
     from uat_repro.workflow import nearest
     if by not in SCORES: raise ValueError(f"there is no score {by!r}: {nearest(by, SCORES)}")
     posterior, (network, tokenizer) = MCDropout(p, samples, tuple(sites)), tasks.load(model, chat_template)
-    rows = tasks.read_rows(dataset, split, records, data_dir, on_error, tokenizer, max_length)
+    rows = tasks.read_rows(dataset, split, records, data_dir, on_error, columns, tokenizer, max_length)
     tokens = tasks.mark_selected(score_tokens(network, tokenizer, rows, posterior))
     tasks.write_scores(out, tokens, by, show, f"{Path(dataset).stem}, scored by {Path(model).name}")
     print(f"{len(tokens)} tokens of {len(rows)} records: {out / 'tokens.parquet'}, {out / 'tokens.html'}")
-    said = [*tasks.least_sure(tokens, by), tasks.selected_kinds(tokens), tasks.alike(tokens), tasks.harm(tokens)]
-    print(*filter(None, said), sep="\n")
+    print(*tasks.summary(tokens, by), sep="\n")
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-65
 @app.command()
@@ -280,6 +280,7 @@ def evaluate(
 @app.command()
 def cache(
     dataset: Dataset,
+    columns: Columns = "",
     model: Model = "smollm2-135m",
     chat_template: Template = "",
     out: option(Path, help="Folder for the states.") = Path("states"),
@@ -294,7 +295,7 @@ def cache(
     from uat_repro import _tasks as tasks
     from uat_repro.cache import HiddenCache, states_size
     network, tokenizer = tasks.load(model, chat_template)
-    rows = tasks.read_rows(dataset, split, records, data_dir, on_error, tokenizer, max_length)
+    rows = tasks.read_rows(dataset, split, records, data_dir, on_error, columns, tokenizer, max_length)
     print(f"{len(rows)} records will take {states_size(network, rows) / 1e6:,.1f} MB in {out}")
     HiddenCache.build(network, rows, out, layer)
 
