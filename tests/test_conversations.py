@@ -66,6 +66,7 @@ TOKENIZERS = {name: tiny(template, special) for name, (template, special, _) in 
 @pytest.mark.parametrize("name", TEMPLATES)
 @given(record=records)
 @example(record={"question": "Q", "answer": "</think> so \ud83d"})
+@example(record={"messages": [dict(role=r, content="0") for r in ("user", "assistant", "system", "assistant")]})
 def test_labels(name, record):
     "Ids of the whole; labels are each assistant's text with its end of turn, and nothing else."
     tokenizer, end, messages = TOKENIZERS[name], TEMPLATES[name][2], usable(record)

@@ -79,6 +79,10 @@ def _span(i: int, message: dict, parts: list[str], where: dict, opening: str) ->
     back = len(before) - before.rindex(opening) - len(opening) if len(texts) > 1 and opening in before else 0
     return i, begin, back, texts[0]
 
+def _before(i: int, parts: list[str], at: dict) -> str | None:
+    "What a template writes between the text of turn `i` and the one before it."
+    return parts[at[i, "content"] - 1] if (i, "content") in at else None
+
 def _find_pattern(messages: list[dict], tokenizer, marks: re.Pattern) -> tuple[list[str], list[tuple], bool]:
     "Parts of the layout, spans (turn, first part, characters before, last part, characters after), and if none lacks."
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
@@ -90,9 +94,11 @@ def _find_pattern(messages: list[dict], tokenizer, marks: re.Pattern) -> tuple[l
         lost = "reasoning" if reasons and (answers[-1], "content") in where else "answer"
         raise Unusable(f"the chat template does not write its {lost}: take another template, or remove the record",
                         f"without the {lost} in the chat template")
-    before = [plain[at[i, "content"] - 1] if (i, "content") in at else None for i in answers]
+    def as_last(i: int) -> str | None:
+        if messages[i - 1]["role"] == messages[answers[-1] - 1]["role"]: return _before(answers[-1], plain, at)
+        return _before(i, *_layout(messages[:i + 1], tokenizer, ["content"]))
     spans = [(*span, _closing(parts[span[3] + 1], plain[-1], marks, tokenizer.eos_token))
-             for span, text in zip(found, before) if span and text == before[-1]]
+             for i, span in zip(answers, found) if span and _before(i, plain, at) == as_last(i)]
     return parts, spans, len(spans) == len(answers)
 
 # %% ../nbs/api/01a_templates.ipynb #01a-templates-15
