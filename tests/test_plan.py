@@ -1,10 +1,12 @@
 "The plan of a profile: its model of memory against the bytes that PyTorch allocates, and what it says."
 import json
+from pathlib import Path
 
 import pytest, torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from uat_repro import head
 from uat_repro._plan import plan_text, sizes_of, training_bytes
 from uat_repro.distillation import FrozenTeacher
 from uat_repro.head import SLICE_LOGITS
@@ -12,6 +14,7 @@ from uat_repro.models import tiny_tokenizer
 from uat_repro.objective import Objective
 from uat_repro.training import train_in_memory
 
+ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(model_type="llama", hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
              num_key_value_heads=2, vocab_size=4000, max_position_embeddings=512, pad_token_id=0)
 LENGTH = 64
@@ -47,6 +50,41 @@ def test_the_model_of_memory_is_near_what_is_allocated(tied, batch, accumulate, 
     found = allocated(train)
     print(f"allocated {found / 1e6:.1f} MB, ratio {expected / found:.3f}")
     assert expected == pytest.approx(found, rel=.15)
+
+
+def code(name: str, tag: str = "") -> str:
+    "The code of an experiment notebook, or of its cells with a tag."
+    cells = json.loads((ROOT/f"nbs/experiments/{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    return "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code"
+                     and (tag in c["metadata"].get("tags", []) if tag else not c["metadata"].get("tags")))
+
+
+def test_steps_on_subsets_take_no_more_than_is_planned(tmp_path, monkeypatch):
+    "On the CPU the vectors that wait there are counted as well: the way, where it begins, and one point of it."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(head, "CHUNK_LOGITS", 2**16)  # the logits of all samples would be larger than so small a model
+    config = AutoConfig.for_model(**SMALL, tie_word_embeddings=True)
+    for part in (AutoModelForCausalLM.from_config(config), tiny_tokenizer()): part.save_pretrained(tmp_path/"model")
+
+    digits = torch.randint(10, (200, 500), generator=torch.Generator().manual_seed(0)).tolist()
+    lines = [dict(instruction=f"Say {i}", input="", output="".join(map(str, row))) for i, row in enumerate(digits)]
+    (tmp_path/"long.jsonl").write_text("\n".join(map(json.dumps, lines)))  # all are cropped to one length
+
+    def go(name, **parameters):
+        space = {}
+        exec(code(name, "parameters"), space)
+        exec(code(name), space | parameters | dict(out=str(tmp_path/name)))
+
+    prepared = dict(prepared=str(tmp_path/"prepare"))
+    go("prepare", spec=str(tmp_path/"model"), layer=0, precision="float32", max_length=400,
+       dataset="long.jsonl", counts=dict(train=12, validation=4, test=4))
+    go("uncertainty", **prepared)
+    size = sizes_of(str(tmp_path/"model"), 0, 400)
+    found = allocated(lambda: go("subsets", **prepared, uncertainty=str(tmp_path/"uncertainty"), documents=6,
+                                 batch_size=2, micro_batch=1, epochs=1, distances=[.5], seeds=[0], samples=4))
+    expected = training_bytes(size, 400, True, slice_logits=SLICE_LOGITS) + 4 * size.trained
+    print(f"expected {expected / 1e6:.1f} MB, allocated {found / 1e6:.1f} MB, ratio {expected / found:.3f}")
+    assert found < expected < 1.25 * found
 
 
 def test_a_model_that_is_not_known_here_is_said_to_be(tmp_path):

@@ -131,33 +131,32 @@ def training_bytes(
     "The most memory that a training step needs at once: weights, AdamW, gradients, activations, logits."
     s, head = sizes, 4 * sizes.hidden * sizes.vocab
     held = 4 * s.parameters + 8 * s.trained + 2 * s.parameters * bf16
-    held += dict(head=head + 4 * tokens * s.hidden, model=4 * s.parameters).get(teacher, 0)
-    states = 4 * tokens * s.hidden
-    head_gradient = head * (s.trained > s.parameters / 2)  # a frozen head has none
+    states, trained_head = 4 * tokens * s.hidden, head * (s.trained > s.parameters / 2)  # 0 where it is frozen
+    held += dict(head=trained_head + states, model=4 * s.parameters).get(teacher, 0)
     logits = 3 * 4 * min(tokens * s.vocab, max(slice_logits, 256 * tokens))
     one_layer = s.kept * tokens / s.layers  # computed again after the logits are gone
     kept = s.layers * states + max(logits, one_layer) if checkpointing else s.kept * tokens + logits
-    turn = kept + 2 * states + head_gradient + 4 * s.trained * accumulated
+    turn = kept + 2 * states + trained_head + 4 * s.trained * accumulated
     end = 4 * s.trained + head * s.tied * (1 + accumulated)
     return held + max(turn, end)
 
 # %% ../nbs/api/17c_plan.ipynb #17c-plan-21
-def _teacher(goal: Objective) -> str: return "model" if goal.needs_reference else "head" if goal.needs_teacher else ""
+def _second(goal: Objective) -> str: return "model" if goal.needs_reference else "head"
 
 def peak_bytes(
     profile: dict,  # from `load_profile`
     model: str,  # name of a model in it
     bf16: bool,  # compute in bfloat16
 ) -> float:  # bytes, of one run
-    "The most memory that one training of a model needs."
+    "The most memory that a training of a model needs, in `train` or in `subsets`."
     needed = [0.0]
-    for run in (r for r in runs_of(profile, "train") if r["model"] == model):
-        p, length = parameters(profile, "train", **run), _length(profile, model, run["dataset"])
-        goal, batch = _goal(p, run["objective"]), p["batch_size"]
-        at_once = p.get("micro_batch") or batch
+    for e, run in ((e, r) for e in ("train", "subsets") for r in runs_of(profile, e) if r["model"] == model):
+        p, length = parameters(profile, e, **run), _length(profile, model, run["dataset"])
+        at_once, second = p.get("micro_batch") or p["batch_size"], ""
+        if e == "train": second = _second(_goal(p, run["objective"]))
         needed.append(training_bytes(
-            _sizes_in(profile, model, length), at_once * length, at_once < batch, p.get("checkpointing", False), bf16,
-            _teacher(goal)))
+            _sizes_in(profile, model, length), at_once * length, at_once < p["batch_size"],
+            p.get("checkpointing", False), bf16, second))
     return max(needed)
 
 # %% ../nbs/api/17c_plan.ipynb #17c-plan-23
