@@ -157,6 +157,8 @@ def test_what_is_altered_or_made_of_other_data_is_made_again(nbs, profile, tmp_p
     os.utime(run / "tokens.parquet")  # newer than all that it was made of
     said = go()
     assert f"{run / 'tokens.parquet'} is altered: its run is repeated" in said and "uncertainty tiny-llama" in said and "prepare" not in said
+    (work / "prepare/tiny-llama-sharegpt/result.json").unlink()  # below results that are there
+    assert "prepare tiny-llama" in go()
     os.utime(data / "sharegpt.json")
     assert "nothing to do" in go()
     (data / "sharegpt.json").write_text("[2]")

@@ -297,11 +297,14 @@ def _check_figure(figure: str, profile: dict) -> None:
     raise ValueError(f"profile {profile['profile']} has no data for {figure}; made by: {', '.join(makers) or 'none'}")
 
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-64
-def _plan_for(profile: dict, workdir: Path, **call) -> list[Run]:
+def _plan_for(profile: dict, workdir: Path, *options: str, **call) -> list[Run]:
     "The plan for a profile; the folder of results is not touched."
     with tempfile.TemporaryDirectory() as tmp:
         config = write_json(Path(tmp) / "profile.json", profile)
-        return plan(snakemake_command(workdir if workdir.exists() else tmp, config=config, **call))
+        return plan(snakemake_command(workdir if workdir.exists() else tmp, config=config, **call) + [*options])
+
+def _results(runs: list[Run]) -> list[str]:  # the result files of experiments
+    return [f"{run.notebook[10:-6]}/result.json" for run in runs if run.rule in catalogue()["experiments"]]
 
 def _list_runs(profile: dict, workdir: Path, cores: int, **call) -> int:
     "Print the plan; exit status."
@@ -330,8 +333,8 @@ def reproduce(
     name = conf["profile"]
     for figure in targets: _check_figure(figure, conf)
     workdir = Path(workdir or ("results" if name == "cpu" else f"results-{name}"))
-    targets += [file for figure in targets for file in figures(conf)[figure]]  # or Snakemake misses one that is lost
     call = dict(notebooks=notebooks, targets=targets, cores=cores, data_dir=data_dir, cluster=cluster, gpu_runs=gpu_runs)
+    if targets: targets += _results(_plan_for(conf, workdir, "--forceall", **call))  # what is lost below others
     if dry_run: return _list_runs(conf, workdir, **call)
     if update: _plan_for(conf, workdir, **call)  # a plan that fails must not change the folder
     claim_folder(workdir, conf, update)
