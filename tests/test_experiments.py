@@ -2,6 +2,9 @@
 import json, subprocess, sys
 from pathlib import Path
 
+import pandas as pd
+from safetensors.torch import load_file
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -41,3 +44,17 @@ def test_the_same_run_leaves_the_same_files_bit_for_bit(tmp_path):
     go("why_documents", "why_documents", prepared=prepared)
     go("why_curriculum", "why_curriculum", prepared=prepared, uncertainty=uncertainty)
     go("why_combined", "why_combined", prepared=prepared, others=others)
+
+
+def test_learnability_where_all_layers_train(tmp_path):
+    "The output layer is trained with them, so every seed leaves its own; a wrong one would not give the measured losses."
+    def go(name, **parameters): assert start(name, **parameters, out=str(tmp_path / name)).wait() == 0, name
+
+    prepared, uncertainty, trained = (str(tmp_path / name) for name in ("prepare", "uncertainty", "train"))
+    go("prepare", layer=0, counts=dict(train=12, validation=4, test=4), max_length=448)
+    go("uncertainty", prepared=prepared)
+    go("train", prepared={"gsm_symbolic": prepared}, objective="mle", regime="one_pass", keep_states=True, track=0,
+       learning_rate=3e-2, seeds=[0, 1, 2])
+    assert {"hidden", "weight"} == load_file(f"{trained}/states/seed-0.safetensors").keys()
+    go("learnability", prepared=prepared, uncertainty=uncertainty, trained=trained)
+    assert (pd.read_parquet(tmp_path / "learnability/learnability.parquet")["gain"].abs() > .1).any()
