@@ -2,6 +2,9 @@
 import json, subprocess, sys
 from pathlib import Path
 
+import pandas as pd
+from safetensors.torch import load_file
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -54,3 +57,17 @@ def test_columns_are_renamed_and_unusable_records_are_counted(tmp_path, monkeypa
     assert process.wait() == 0
     made = json.loads((tmp_path / "out/result.json").read_text())
     assert made["left_out"]["train"] == dict(unusable=2, seen=34)
+
+
+def test_learnability_where_all_layers_train(tmp_path):
+    "The output layer is trained with them, so every seed leaves its own; a wrong one would not give the measured losses."
+    def go(name, **parameters): assert start(name, **parameters, out=str(tmp_path / name)).wait() == 0, name
+
+    prepared, uncertainty, trained = (str(tmp_path / name) for name in ("prepare", "uncertainty", "train"))
+    go("prepare", layer=0, counts=dict(train=12, validation=4, test=4), max_length=448)
+    go("uncertainty", prepared=prepared)
+    go("train", prepared={"gsm_symbolic": prepared}, objective="mle", regime="one_pass", keep_states=True, track=0,
+       learning_rate=3e-2, seeds=[0, 1, 2])
+    assert {"hidden", "weight"} == load_file(f"{trained}/states/seed-0.safetensors").keys()
+    go("learnability", prepared=prepared, uncertainty=uncertainty, trained=trained)
+    assert (pd.read_parquet(tmp_path / "learnability/learnability.parquet")["gain"].abs() > .1).any()
