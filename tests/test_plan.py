@@ -91,4 +91,7 @@ def test_a_model_that_is_not_known_here_is_said_to_be(tmp_path):
     path = tmp_path/"mine.yaml"
     path.write_text(json.dumps(dict(base="smoke", models={"tiny-llama": dict(spec="someone/unknown", layer=0)})))
     assert "unknown: connect to the hub" in plan_text(str(path))
+    few = dict(models={"unheard": dict(spec="someone/unknown")}, datasets={"gsm8k": {}}, seeds=[0], figures=dict(seconds=1))
+    path.write_text(json.dumps(few))  # without training there is nothing to count
+    assert "unknown: connect to the hub" in plan_text(str(path))
     with pytest.raises(ValueError, match="did you mean 'smoke'"): plan_text("smok")

@@ -246,12 +246,12 @@ def work_of(
     model: str,  # name of a model in it
 ) -> Work | None:  # None where its configuration is not known here
     "What training, benchmarks and uncertainty of a model take."
+    if _sizes_in(profile, model, LENGTH) is None: return None
     total = Work(0, 0, 0, 0, 0, 0)
     for experiment in ("uncertainty", "train", "untrained"):
         for run in (r for r in runs_of(profile, experiment) if r["model"] == model):
-            sizes = _sizes_in(profile, model, _length(profile, model, run["dataset"]) if "dataset" in run else LENGTH)
-            if sizes is None: return None
-            total += _work(profile, run, experiment, sizes)
+            length = _length(profile, model, run["dataset"]) if "dataset" in run else LENGTH
+            total += _work(profile, run, experiment, _sizes_in(profile, model, length))
     return total
 
 # %% ../nbs/api/17c_plan.ipynb #17c-plan-36
