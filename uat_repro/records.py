@@ -36,6 +36,7 @@ def _text(value: object) -> str:
     if not isinstance(value, str): raise TypeError(f"is {type(value).__name__}, not text")
     return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
+# %% ../nbs/api/00_records.ipynb #00-records-07a
 def _several(turns: list[dict] | str) -> list[tuple]:
     "The turns of a conversation, each with all its fields."
     return [(_first(turn, "role", "from"), _first(turn, "content", "value"), turn) for turn in _listed(turns)]

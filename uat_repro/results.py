@@ -198,7 +198,8 @@ def runs_of(
     blocks = [] if section is None else section.get("grid", [section])
     chosen = ([block.get(f"{axis}s", profile[f"{axis}s"]) for axis in axes] for block in blocks)
     runs = (dict(zip(axes, values)) for block in chosen for values in product(*block))
-    return list({tuple(r.values()): r for r in runs if r.get("dataset") in (None, *datasets_of(profile, r["model"]))}.values())
+    known = (r for r in runs if r.get("dataset") in (None, *datasets_of(profile, r["model"])))
+    return list({tuple(r.values()): r for r in known}.values())
 
 # %% ../nbs/api/11_results.ipynb #11-results-47
 def result_files(

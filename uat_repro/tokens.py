@@ -112,6 +112,7 @@ def _warn_of_marks(records: list[dict], tokenizer) -> None:
         _log.warning("%d of %d records hold special tokens in their texts, such as %s, which the model reads as marks: "
                      "write them in another way if they are meant as text", len(held), len(records), held[0])
 
+# %% ../nbs/api/01_tokens.ipynb #01-tokens-18a
 def encode_all(
     records: Iterable[dict],  # records of `load_records`
     tokenizer,  # any tokenizer with a chat template

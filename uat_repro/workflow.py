@@ -333,7 +333,8 @@ def reproduce(
     name = conf["profile"]
     for figure in targets: _check_figure(figure, conf)
     workdir = Path(workdir or ("results" if name == "cpu" else f"results-{name}"))
-    call = dict(notebooks=notebooks, targets=targets, cores=cores, data_dir=data_dir, cluster=cluster, gpu_runs=gpu_runs)
+    call = dict(notebooks=notebooks, targets=targets, cores=cores, data_dir=data_dir, cluster=cluster,
+                gpu_runs=gpu_runs)
     if targets: targets += _results(_plan_for(conf, workdir, "--forceall", **call))  # what is lost below others
     if dry_run: return _list_runs(conf, workdir, **call)
     if update: _plan_for(conf, workdir, **call)  # a plan that fails must not change the folder
