@@ -10,8 +10,7 @@ from examples import PAIRS, flat_grad, rows, tokenizer
 from test_training import InOrder, two_processes
 from uat_repro.distillation import FrozenTeacher
 from uat_repro.models import head_of, tiny_model
-from uat_repro.compute_loss import as_compute_loss_func
-from uat_repro.objective import Objective
+from uat_repro.objective import Objective, as_compute_loss_func
 from uat_repro.tokens import Collator
 from uat_repro.training import TokenLog, UncertaintyAwareTrainer
 

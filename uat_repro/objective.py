@@ -329,3 +329,10 @@ class Objective(Settings):
         tokens = (layout.spread(x) for x in (scored.scores.loss, scored.scores.entropy))
         chosen, correct = (layout.spread(x) == 1 for x in (selected, scored.scores.correct))
         return ObjectiveOutput(loss, mle, distill, chosen, *tokens, correct)
+
+# %% ../nbs/api/08_objective.ipynb #08-objective-65
+def __getattr__(name: str):
+    "`as_compute_loss_func`, whose module needs this one."
+    if name != "as_compute_loss_func": raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from uat_repro.compute_loss import as_compute_loss_func
+    return as_compute_loss_func
