@@ -12,6 +12,7 @@ import logging, re
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from operator import itemgetter
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -139,16 +140,18 @@ def label_chat(messages: list[dict], tokenizer) -> tuple[list[int], list[int], l
     "Token ids of a chat, labels (the same ids on responses, -100 elsewhere), weights, and if all answers have labels."
     text = render_chat(messages, tokenizer, tokenize=False)
     spans, whole = _place(messages, text, tokenizer)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    weights = [0.0] * len(ids)
+    encoded = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    ids, offsets = encoded["input_ids"], encoded.encodings[0].offsets
+    labels, weights = [-100] * len(ids), [0.0] * len(ids)
     for turn, begin, end in spans:
-        first = bisect_right(offsets, begin, key=lambda pair: pair[1])
-        last = bisect_left(offsets, end, key=lambda pair: pair[0])
-        weights[first:last] = [float(messages[turn].get("weight", 1))] * (last - first)
+        weight = float(messages[turn].get("weight", 1))
+        if not weight: continue
+        first = bisect_right(offsets, begin, key=itemgetter(1))
+        last = bisect_left(offsets, end, key=itemgetter(0))
+        labels[first:last], weights[first:last] = ids[first:last], [weight] * (last - first)
     if not any(weights):
         raise Unusable("no turn of it is marked for training: mark one, or remove the record", "without a label")
-    return ids, [i if weight else -100 for i, weight in zip(ids, weights)], weights, whole
+    return ids, labels, weights, whole
 
 # %% ../nbs/api/01a_templates.ipynb #01a-templates-20b
 PLAIN_TEMPLATE = (

@@ -34,8 +34,9 @@ class _TooLong(Unusable):
 
 def _fit(labels: list[int], max_length: int | None, crop: bool) -> None:
     "Raise if the responses of a record don't fit into `max_length` tokens, cut if `crop` allows it."
+    if max_length is None or len(labels) <= max_length: return
     learned = [i for i, label in enumerate(labels) if label != -100]
-    if max_length is None or learned[-1] < max_length: return
+    if learned[-1] < max_length: return
     if learned[0] >= max_length:
         reason = f"no room for a response in max_length={max_length} (--max-length)"
         raise Unusable(f"its prompt of {learned[0]} tokens leaves {reason}: raise it or remove the record",
@@ -62,9 +63,8 @@ def _check_weights(weights: Sequence[float], tokens: int) -> None:
     if wrong: raise ValueError(f"one of its tokens has the weight {wrong[0]}: give a number of at least 0")
     if len(weights) != tokens: raise ValueError(f"it has {tokens} tokens and {len(weights)} weights of tokens")
 
-def _by_token(weights: list[float], given: Sequence[float] | None) -> list[float]:
+def _by_token(weights: list[float], given: Sequence[float]) -> list[float]:
     "Weights of tokens, times those that a record gives. Raises where there is not one for each of them."
-    if given is None: return weights
     _check_weights(given, len(weights))
     if any(weights := [a * b for a, b in zip(weights, given)]): return weights
     raise Unusable("all of its labelled tokens have the weight 0: remove the record", "without a label")
@@ -77,13 +77,15 @@ def _encode(record: dict, tokenizer, max_length: int | None, crop: bool) -> tupl
     id = str(record.get("id") or record_id(messages))
     try:
         ids, labels, weights, whole = label_chat(messages, tokenizer)
-        weights = _by_token(weights, record.get("token_weights"))
-        labels = [label if weight else -100 for label, weight in zip(labels, weights)]
+        if (given := record.get("token_weights")) is not None:
+            weights = _by_token(weights, given)
+            labels = [label if weight else -100 for label, weight in zip(labels, weights)]
         _fit(labels, max_length, crop)
     except Unusable as e: raise type(e)(f"record {id!r}: {e}", e.reason) from None
     except ValueError as e: raise ValueError(f"record {id!r}: {e}") from None
-    row = dict(input_ids=ids[:max_length], labels=labels[:max_length], id=id)
-    return row | (dict(loss_weights=weights[:max_length]) if {*weights[:max_length]} - {0, 1} else {}), whole
+    row, weights = dict(input_ids=ids[:max_length], labels=labels[:max_length], id=id), weights[:max_length]
+    plain = weights.count(0) + weights.count(1) == len(weights)
+    return row if plain else row | dict(loss_weights=weights), whole
 
 def encode(
     record: dict,  # a record of `load_records`, or in any format of `records.FORMATS`
