@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .head import scores_of
-from .objective import Objective, Scored, Settings, _select, _weigh
+from .objective import Objective, Scored, Settings, select, weigh
 from .tokens import lay_out
 
 # %% ../nbs/api/08a_compute_loss.ipynb #08a-compute-loss-06
@@ -61,8 +61,8 @@ def as_compute_loss_func(
         logits = layout.predicting(outputs.logits).float()  # (N, V)
         with torch.no_grad(): scores = scores_of(logits, layout.targets)
         scored = Scored(layout, scores, logits.detach(), _Given(logits.T))
-        selected = _select(o, scored)  # (N,) M
+        selected = select(o, scored)  # (N,) M
         losses = F.cross_entropy(logits[selected], layout.targets[selected], reduction="none")
         divisor = selected.sum() if o.selects or num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-        return (_weigh(o, scored, selected)[selected] * losses).sum() / divisor.clamp(min=1)
+        return (weigh(o, scored, selected)[selected] * losses).sum() / divisor.clamp(min=1)
     return compute_loss

@@ -230,7 +230,6 @@ def terminable() -> Iterator[None]:
     try: yield
     finally: signal.signal(signal.SIGTERM, before)
 
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-55
 def _pass_on(child: subprocess.Popen) -> None:
     "End a child, which then starts nothing more, and all that it has started."
     family = psutil.Process(child.pid)
@@ -274,6 +273,12 @@ def _failures(workdir: Path, failed: list[Run], error: str) -> None:
         print(f"\n{run} failed, see {workdir / run.notebook}:\n{why}", file=sys.stderr)
     if not failed: print(_reason(error) or f"Snakemake stopped; its words are in {log}", file=sys.stderr)
     print("\nonce it is mended, run the same command again: finished runs are kept", file=sys.stderr)
+
+def _show_claims(claims: Path, reference: Path, label: Callable[[str], str]) -> None:
+    "Print where the claims and figures are, and the claims beside those of the reference, if there is one."
+    from uat_repro.claims import compare_claims  # imports SciPy, which no run of Snakemake needs
+    if reference.exists(): print(f"\nThis run beside the reference:\n\n{compare_claims(claims, reference, label)}")
+    print(f"claims: {claims.with_suffix('.md')}   figures: {claims.parent / 'figures'}")
 
 def _make(profile: dict, workdir: Path, command: list[str], cores: int, lock: int) -> int:
     "Run what is missing; exit status."
@@ -330,21 +335,16 @@ def reproduce(
     "Run what is missing, draw the figures, and compare the claims."
     notebooks, data_dir = Path(notebooks or notebooks_folder()), data_dir or os.environ.get("UAT_REPRO_DATA_DIR")
     conf, targets = load_profile(profile, data_dir), [only] if isinstance(only, str) else list(only or [])
-    name = conf["profile"]
     for figure in targets: _check_figure(figure, conf)
-    workdir = Path(workdir or ("results" if name == "cpu" else f"results-{name}"))
-    call = dict(notebooks=notebooks, targets=targets, cores=cores, data_dir=data_dir, cluster=cluster,
-                gpu_runs=gpu_runs)
-    if targets: targets += _results(_plan_for(conf, workdir, "--forceall", **call))  # what is lost below others
-    if dry_run: return _list_runs(conf, workdir, **call)
-    if update: _plan_for(conf, workdir, **call)  # a plan that fails must not change the folder
+    workdir = Path(workdir or ("results" if conf["profile"] == "cpu" else f"results-{conf['profile']}"))
+    how = dict(notebooks=notebooks, targets=targets, cores=cores, data_dir=data_dir, cluster=cluster, gpu_runs=gpu_runs)
+    if targets: targets += _results(_plan_for(conf, workdir, "--forceall", **how))  # what is lost below others
+    if dry_run: return _list_runs(conf, workdir, **how)
+    if update: _plan_for(conf, workdir, **how)  # a plan that fails must not change the folder
     claim_folder(workdir, conf, update)
     with locked(workdir) as lock:
         for told in discard_altered(workdir, conf): print(f"{told}: its run is repeated", flush=True)
-        status = _make(conf, workdir, snakemake_command(workdir, **call), cores, lock)
-    claims, reference = workdir / "claims.json", notebooks.parent / "reference" / name / "claims.json"
-    if status or not claims.exists(): return status
-    from uat_repro.claims import compare_claims  # imports SciPy, which no run of Snakemake needs
-    if reference.exists(): print(f"\nThis run beside the reference:\n\n{compare_claims(claims, reference, label)}")
-    print(f"claims: {claims.with_suffix('.md')}   figures: {workdir / 'figures'}")
-    return 0
+        status = _make(conf, workdir, snakemake_command(workdir, **how), cores, lock)
+    claims, reference = workdir / "claims.json", notebooks.parent / "reference" / conf["profile"] / "claims.json"
+    if not status and claims.exists(): _show_claims(claims, reference, label)
+    return status
