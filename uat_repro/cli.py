@@ -99,7 +99,7 @@ def _claims_text(workdir: Path, as_json: bool) -> str:
     judged, table = judging.judge_folder(workdir), workdir / "claims.md"
     if not judged and (as_json or not table.exists()):
         raise FileNotFoundError(f"{workdir} holds no claims: run `uat-repro reproduce`, or give the folder of results")
-    if as_json: return json.dumps(strict_json(dict(claims=[*map(judging._record, judged)])), indent=1)
+    if as_json: return json.dumps(strict_json(dict(claims=[*map(judging.claim_record, judged)])), indent=1)
     return judging.claims_table(judged, plots.label) if judged else table.read_text(encoding="utf-8")
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-69
