@@ -223,7 +223,7 @@ def run_training(asked) -> None:
                  seed=asked.seed, reference=reference and Path(reference).name)
     keep_start(asked.out, start, asked.resume)
     keep_config(asked)
-    trained = train_model(network, tokenizer, rows, held_out, asked.objective, asked.lora, other, asked.resume,
-                          **trainer_arguments(asked))
-    keep_run(asked.out, *trained, about, began)
+    trainer, losses = train_model(network, tokenizer, rows, held_out, asked.objective, asked.lora, other, asked.resume,
+                                  **trainer_arguments(asked))
+    keep_run(asked.out, trainer, losses, about, began)
     keep_card(asked)

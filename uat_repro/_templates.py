@@ -10,7 +10,7 @@ __all__ = ['TEMPLATE_DATE', 'PLAIN_TEMPLATE', 'Unusable', 'render_chat', 'label_
 # %% ../nbs/api/01a_templates.ipynb #01a-templates-03
 import logging, re
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -29,11 +29,11 @@ _DATE_PARTS = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", 
 _FIXED_NOW = "".join(["{% macro strftime_now(form) %}{{ form", *(
     f" | replace('{part}', '{value}')" for part, value in _DATE_PARTS.items()), " }}{% endmacro %}{{ '' }}"])
 
-def render_chat(messages: list[dict], tokenizer, **kwargs) -> str | Mapping:
-    "The chat as one text or as tokens, by the tokenizer's template with a fixed date."
+def render_chat(messages: list[dict], tokenizer, **kwargs) -> str:
+    "The chat as text, by the tokenizer's template with a fixed date."
     template = tokenizer.get_chat_template()
     if "strftime_now" in template: kwargs["chat_template"] = _FIXED_NOW + template
-    try: return tokenizer.apply_chat_template(messages, date_string=TEMPLATE_DATE, **kwargs)
+    try: return tokenizer.apply_chat_template(messages, tokenize=False, date_string=TEMPLATE_DATE, **kwargs)
     except Exception as e:
         reason = f"refused by the chat template ({' '.join(str(e).split())})"
         raise Unusable(f"it is {reason}: reshape or remove the record", reason) from None
@@ -61,13 +61,13 @@ def _layout(messages: list[dict], tokenizer, fields: Sequence[str] = _TEXTS) -> 
     slots = [(i, field) for i, m in enumerate(messages) for field in fields if field in m]
     masked = [dict(role=m["role"]) for m in messages]
     for n, (i, field) in enumerate(slots): masked[i][field] = f"\ue000{n}\ue001"
-    parts = _SLOT.split(render_chat(masked, tokenizer, tokenize=False))
+    parts = _SLOT.split(render_chat(masked, tokenizer))
     return parts, {slots[int(parts[n])]: n for n in range(1, len(parts), 2)}
 
 def _opening(messages: list[dict], tokenizer) -> str:
     "What a template writes to ask for an answer."
     asked = messages[:next(i for i, m in enumerate(messages) if m["role"] == "assistant")]
-    bare, ready = (render_chat(asked, tokenizer, tokenize=False, add_generation_prompt=ask) for ask in (False, True))
+    bare, ready = (render_chat(asked, tokenizer, add_generation_prompt=ask) for ask in (False, True))
     return ready.removeprefix(bare)
 
 # %% ../nbs/api/01a_templates.ipynb #01a-templates-13
@@ -137,7 +137,7 @@ def _place(messages: list[dict], text: str, tokenizer) -> tuple[list[tuple], boo
 
 def label_chat(messages: list[dict], tokenizer) -> tuple[list[int], list[int], list[float], bool]:
     "Token ids of a chat, labels (the same ids on responses, -100 elsewhere), weights, and if all answers have labels."
-    text = render_chat(messages, tokenizer, tokenize=False)
+    text = render_chat(messages, tokenizer)
     spans, whole = _place(messages, text, tokenizer)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]

@@ -280,7 +280,7 @@ def write_claims(
 # %% ../nbs/api/13_claims.ipynb #13-claims-53
 def _effect(numbers: Mapping) -> Effect:
     "An effect from its JSON."
-    plain = {k: tuple(v) if isinstance(v, list) else nan if v is None else v for k, v in numbers.items()}
+    plain: dict = {k: tuple(v) if isinstance(v, list) else nan if v is None else v for k, v in numbers.items()}
     effect = Effect(**plain)
     return effect.at(effect.level) if effect.ratio else effect
 

@@ -9,7 +9,6 @@ __all__ = ['as_compute_loss_func']
 
 # %% ../nbs/api/08a_compute_loss.ipynb #08a-compute-loss-03
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .head import scores_of
+from .models import Head
 from .objective import Objective, Scored, Settings, select, weigh
 from .tokens import lay_out
 
@@ -34,10 +34,8 @@ def _check_step(o: Settings, tokens: int, num_items: Tensor | int | None) -> Non
                          "gradient_accumulation_steps=1")
 
 # %% ../nbs/api/08a_compute_loss.ipynb #08a-compute-loss-07
-class _Given(NamedTuple):
-    "An output layer for states that are logits already."
-    weight: Tensor  # (V, N): only its length is read
-
+class _Given(Head):
+    "An output layer for states that are logits already; only the length V of its weight is read."
     def logits(self, hidden: Tensor) -> Tensor: return hidden
 
 def _check_logits(o: Settings) -> None:

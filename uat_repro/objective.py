@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .distillation import matching_head
+from .distillation import Teacher, matching_head
 from .head import TokenScores, map_tokens, token_loss, token_scores
 from .masking import beyond, check_selection, count_kept, select_among
 from .models import Head, eval_mode, has_dropout, head_of, hidden_states
@@ -271,7 +271,7 @@ def _inverse_divisors(o: Settings, layout: Layout, selected: Tensor, distilled: 
     return torch.where((seen > 0) & (total > 0), own / (seen * total), 0)
 
 # %% ../nbs/api/08_objective.ipynb #08-objective-43
-def _second(o: Settings, teacher: Callable | None, batch: Mapping, layout: Layout, head: Head) -> tuple:
+def _second(o: Settings, teacher: Teacher | None, batch: Mapping, layout: Layout, head: Head) -> tuple:
     "The teacher's states (N, H') of the response tokens and its `Head` on the student's tokens, if they are needed."
     if not o.needs_teacher: return None, None
     if teacher is None:
@@ -308,11 +308,13 @@ def _equation_9(o: Settings, scored: Scored, states: Tensor, second: tuple, tota
     per_selected, per_distilled = _inverse_divisors(o, layout, selected, distilled, total)
     weights, kl_weights = weigh(o, scored, selected), layout.weights * distilled  # (N,)
     log_z = scores.log_z if scored.states is states else None  # known already
-    loss, losses, kl = token_loss(states, layout.targets, scored.head, per_selected * weights,
-                                  o.distill_weight * per_distilled * kl_weights, *second, o.temperature, log_z)
+    loss, losses, kl = token_loss(
+        states, layout.targets, scored.head, per_selected * weights, o.distill_weight * per_distilled * kl_weights,
+        second[0], second[1], o.temperature, log_z)
     mle, distill = _mean(weights * losses, layout.weights[selected]), _mean(kl_weights * kl, kl_weights)
-    chosen, *tokens, correct = map(layout.spread, (selected, scores.loss, scores.entropy, scores.correct))  # (B, T)
-    return ObjectiveOutput(loss, mle, distill, chosen == 1, *tokens, correct == 1)
+    shown = map(layout.spread, (selected, scores.loss, scores.entropy, scores.correct))
+    chosen, token_losses, entropies, correct = shown  # (B, T)
+    return ObjectiveOutput(loss, mle, distill, chosen == 1, token_losses, entropies, correct == 1)
 
 # %% ../nbs/api/08_objective.ipynb #08-objective-47
 class Objective(Settings):
@@ -329,7 +331,7 @@ class Objective(Settings):
     def __call__(self,
         model: nn.Module,  # a causal language model, wrapped or not
         batch: Mapping,  # padded or packed, with `labels` (B, T)
-        teacher: Callable[[Mapping], Tensor] | None = None,  # of `distillation`; see `needs_teacher`
+        teacher: Teacher | None = None,  # of `distillation`; see `needs_teacher`
         num_items: Tensor | None = None,  # (2,) sum of `counts` over the whole step; by default of this batch
     ) -> ObjectiveOutput:
         "The loss of one batch, or its share of the loss of a larger one."

@@ -16,6 +16,7 @@ from functools import partial
 from itertools import islice
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 from ._files import ENDINGS, file_hash, files_of, read_values
 from ._hub import HUB, by_full_name, from_hub, on_hub, renamed, short
@@ -25,7 +26,7 @@ _log = logging.getLogger(__name__)
 # %% ../nbs/api/00_records.ipynb #00-records-07
 def _nothing(value: object) -> bool: return value in (None, "", "[]", [], {}) or value != value
 
-def _first(record: dict, *fields: str) -> object:
+def _first(record: dict, *fields: str) -> Any:
     "The first of these fields that holds something."
     return next((value for field in fields if not _nothing(value := record.get(field))), None)
 
@@ -74,6 +75,7 @@ def _excerpt(record: object) -> str:
 
 class _Fields(dict):
     "A record that remembers which of its fields were read."
+    read: set[str]
     def get(self, field: str, default=None) -> object: return self.read.add(field) or super().get(field, default)
     def __getitem__(self, field: str) -> object: return self.read.add(field) or super().__getitem__(field)
 

@@ -158,7 +158,7 @@ class Run:
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-38
 def events(
     lines: Iterable[str],  # from `snakemake_main`
-) -> Iterator[tuple[str, Run | str]]:  # "start", "done" or "failed" and the run; "error" and Snakemake's words
+) -> Iterator[tuple]:  # "start", "done" or "failed" and the run; "error" and Snakemake's words
     "What happens to which run. Rules that run no notebook are left out."
     runs, kinds = {}, dict(job_info="start", job_finished="done", job_error="failed")
     for event in map(json.loads, lines):
@@ -249,7 +249,7 @@ def watch(
 ) -> tuple[int, list[Run], str]:  # Snakemake's exit status, the failed runs, its last error
     "Run Snakemake, with a line for each run that ends."
     failed, error = [], ""
-    how = dict(pass_fds=keep, preexec_fn=_follow_parent, text=True, encoding="utf-8")
+    how: dict = dict(pass_fds=keep, preexec_fn=_follow_parent, text=True, encoding="utf-8")
     with open(log, "w") as file, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, **how) as child:
         try:
             for kind, run in events(child.stdout):
@@ -337,7 +337,7 @@ def reproduce(
     conf, targets = load_profile(profile, data_dir), [only] if isinstance(only, str) else list(only or [])
     for figure in targets: _check_figure(figure, conf)
     workdir = Path(workdir or ("results" if conf["profile"] == "cpu" else f"results-{conf['profile']}"))
-    how = dict(notebooks=notebooks, targets=targets, cores=cores, data_dir=data_dir, cluster=cluster, gpu_runs=gpu_runs)
+    how: dict = dict(notebooks=notebooks, targets=targets, cores=cores, data_dir=data_dir, cluster=cluster, gpu_runs=gpu_runs)
     if targets: targets += _results(_plan_for(conf, workdir, "--forceall", **how))  # what is lost below others
     if dry_run: return _list_runs(conf, workdir, **how)
     if update: _plan_for(conf, workdir, **how)  # a plan that fails must not change the folder
