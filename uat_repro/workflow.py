@@ -274,11 +274,13 @@ def _failures(workdir: Path, failed: list[Run], error: str) -> None:
     if not failed: print(_reason(error) or f"Snakemake stopped; its words are in {log}", file=sys.stderr)
     print("\nonce it is mended, run the same command again: finished runs are kept", file=sys.stderr)
 
-def _show_claims(claims: Path, reference: Path, label: Callable[[str], str]) -> None:
-    "Print where the claims and figures are, and the claims beside those of the reference, if there is one."
+def _show_claims(workdir: Path, reference: Path, label: Callable[[str], str]) -> None:
+    "Print the claims beside those of the reference, and where they are, if there are any."
+    if not (ours := workdir / "claims.json").exists(): return
     from uat_repro.claims import compare_claims  # imports SciPy, which no run of Snakemake needs
-    if reference.exists(): print(f"\nThis run beside the reference:\n\n{compare_claims(claims, reference, label)}")
-    print(f"claims: {claims.with_suffix('.md')}   figures: {claims.parent / 'figures'}")
+    if (theirs := reference / ours.name).exists():
+        print(f"\nThis run beside the reference:\n\n{compare_claims(ours, theirs, label)}")
+    print(f"claims: {ours.with_suffix('.md')}   figures: {workdir / 'figures'}")
 
 def _make(profile: dict, workdir: Path, command: list[str], cores: int, lock: int) -> int:
     "Run what is missing; exit status."
@@ -308,9 +310,6 @@ def _plan_for(profile: dict, workdir: Path, *options: str, **call) -> list[Run]:
         config = write_json(Path(tmp) / "profile.json", profile)
         return plan(snakemake_command(workdir if workdir.exists() else tmp, config=config, **call) + [*options])
 
-def _results(runs: list[Run]) -> list[str]:  # the result files of experiments
-    return [f"{run.notebook[10:-6]}/result.json" for run in runs if run.rule in catalogue()["experiments"]]
-
 def _list_runs(profile: dict, workdir: Path, cores: int, **call) -> int:
     "Print the plan; exit status."
     runs = _plan_for(profile, workdir, cores=cores, **call)
@@ -337,14 +336,15 @@ def reproduce(
     conf, targets = load_profile(profile, data_dir), [only] if isinstance(only, str) else list(only or [])
     for figure in targets: _check_figure(figure, conf)
     workdir = Path(workdir or ("results" if conf["profile"] == "cpu" else f"results-{conf['profile']}"))
-    how: dict = dict(notebooks=notebooks, targets=targets, cores=cores, data_dir=data_dir, cluster=cluster, gpu_runs=gpu_runs)
-    if targets: targets += _results(_plan_for(conf, workdir, "--forceall", **how))  # what is lost below others
+    how: dict = dict(notebooks=notebooks, targets=targets, cores=cores, data_dir=data_dir, cluster=cluster,
+                     gpu_runs=gpu_runs)
+    needed = _plan_for(conf, workdir, "--forceall", **how) if targets else []  # what may be lost below others
+    targets += [f"{run.notebook[10:-6]}/result.json" for run in needed if run.rule in catalogue()["experiments"]]
     if dry_run: return _list_runs(conf, workdir, **how)
     if update: _plan_for(conf, workdir, **how)  # a plan that fails must not change the folder
     claim_folder(workdir, conf, update)
     with locked(workdir) as lock:
         for told in discard_altered(workdir, conf): print(f"{told}: its run is repeated", flush=True)
         status = _make(conf, workdir, snakemake_command(workdir, **how), cores, lock)
-    claims, reference = workdir / "claims.json", notebooks.parent / "reference" / conf["profile"] / "claims.json"
-    if not status and claims.exists(): _show_claims(claims, reference, label)
+    if not status: _show_claims(workdir, notebooks.parent / "reference" / conf["profile"], label)
     return status
