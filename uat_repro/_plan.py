@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from ._weights import PACKAGED_WEIGHTS, TINY, _place
+from ._weights import PACKAGED_WEIGHTS, TINY, model_folder
 from .evaluation import role_of
 from .head import GPU_LOGITS
 from .models import split_layers
@@ -59,7 +59,7 @@ def _config(spec: str) -> PreTrainedConfig | None:
     "The configuration of a model that `load_model` takes; None where this machine does not know it."
     if spec in TINY: return AutoConfig.for_model(**TINY[spec])
     known = PACKAGED_WEIGHTS.get(spec)
-    path = str(_place(known.file, known.sha256)) if known else spec
+    path = str(model_folder(known.file, known.sha256)) if known else spec
     name, _, revision = (path, "", "") if Path(path).exists() else path.partition("@")
     try: return AutoConfig.from_pretrained(name, revision=revision or "main", local_files_only=True)
     except (OSError, ValueError): pass

@@ -18,6 +18,7 @@ import huggingface_hub as hub, pandas as pd, yaml
 from accelerate import PartialState
 from transformers import PrinterCallback, TrainingArguments
 
+from ._arguments import Reading
 from ._card import model_card
 from ._files import file_hash
 from ._hub import read_columns
@@ -38,19 +39,15 @@ def load(model: str, chat_template: str = ""):
     return network.to(PartialState().device), use_template(tokenizer, chat_template)
 
 def read_rows(
-    dataset: str,  # a name or a file, as for `load_records`
+    asked: Reading,  # which records, and how they are read
     split: str,  # train, validation, test or all
     limit: int,  # largest number of records
-    data_dir: Path | None,  # folder of the user's own data
-    on_error: str | None,  # "stop" or "skip" at an unusable record
-    columns: str,  # names of columns, as for `read_columns`
     tokenizer,  # with a chat template
-    max_length: int,  # tokens of a record
 ):
     "Encoded records of a data set; long responses are cropped."
-    strict = None if on_error is None else on_error == "stop"
-    records = load_records(dataset, split, limit, data_dir, strict, read_columns(columns))
-    return encode_all(records, tokenizer, max_length, too_long="crop")
+    strict = None if asked.on_error is None else asked.on_error == "stop"
+    records = load_records(asked.dataset, split, limit, asked.data_dir, strict, read_columns(asked.columns))
+    return encode_all(records, tokenizer, asked.max_length, too_long="crop")
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-09
 def mark_selected(tokens: pd.DataFrame, keep: float = 0.25) -> pd.DataFrame:
@@ -215,10 +212,7 @@ def run_training(asked) -> None:
     Objective.preset(asked.objective)  # a misspelt name is told before anything is loaded
     if asked.push_to_hub: hub.whoami()  # and so is a missing login
     began, (network, tokenizer) = time.time(), load(asked.model, asked.chat_template)
-    def read(part, limit):
-        return read_rows(asked.dataset, part, limit, asked.data_dir, asked.on_error, asked.columns, tokenizer,
-                         asked.max_length)
-    rows, held_out = sides(read, asked.documents)
+    rows, held_out = sides(lambda part, limit: read_rows(asked, part, limit, tokenizer), asked.documents)
     name, spec, reference = Path(asked.dataset).stem, Path(asked.model).name, asked.reference
     other = reference and second(reference, tokenizer)
     made = manifest(asked.seed, {name: digest(rows)}, {spec: weights_hash(network)})
@@ -229,7 +223,7 @@ def run_training(asked) -> None:
                  seed=asked.seed, reference=reference and Path(reference).name)
     keep_start(asked.out, start, asked.resume)
     keep_config(asked)
-    trained = train_model(network, tokenizer, rows, held_out, asked.objective, asked.lora, other, asked.resume,
-                          **trainer_arguments(asked))
-    keep_run(asked.out, *trained, about, began)
+    trainer, losses = train_model(network, tokenizer, rows, held_out, asked.objective, asked.lora, other, asked.resume,
+                                  **trainer_arguments(asked))
+    keep_run(asked.out, trainer, losses, about, began)
     keep_card(asked)

@@ -8,9 +8,9 @@ Docs: https://uat-repro.github.io/uat-repro/api/templates.html.md"""
 __all__ = ['TEMPLATE_DATE', 'PLAIN_TEMPLATE', 'Unusable', 'render_chat', 'label_chat', 'use_template']
 
 # %% ../nbs/api/01a_templates.ipynb #01a-templates-03
-import logging, re
+import json, logging, re
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from operator import itemgetter
 from pathlib import Path
@@ -30,11 +30,11 @@ _DATE_PARTS = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", 
 _FIXED_NOW = "".join(["{% macro strftime_now(form) %}{{ form", *(
     f" | replace('{part}', '{value}')" for part, value in _DATE_PARTS.items()), " }}{% endmacro %}{{ '' }}"])
 
-def render_chat(messages: list[dict], tokenizer, **kwargs) -> str | Mapping:
-    "The chat as one text or as tokens, by the tokenizer's template with a fixed date."
-    template = tokenizer.get_chat_template()
+def render_chat(messages: list[dict], tokenizer, **kwargs) -> str:
+    "The chat as text, by the tokenizer's template with a fixed date."
+    template, kwargs["tools"] = tokenizer.get_chat_template(), messages[0].get("tools")
     if "strftime_now" in template: kwargs["chat_template"] = _FIXED_NOW + template
-    try: return tokenizer.apply_chat_template(messages, date_string=TEMPLATE_DATE, **kwargs)
+    try: return tokenizer.apply_chat_template(messages, tokenize=False, date_string=TEMPLATE_DATE, **kwargs)
     except Exception as e:
         reason = f"refused by the chat template ({' '.join(str(e).split())})"
         raise Unusable(f"it is {reason}: reshape or remove the record", reason) from None
@@ -62,13 +62,13 @@ def _layout(messages: list[dict], tokenizer, fields: Sequence[str] = _TEXTS) -> 
     slots = [(i, field) for i, m in enumerate(messages) for field in fields if field in m]
     masked = [dict(role=m["role"]) for m in messages]
     for n, (i, field) in enumerate(slots): masked[i][field] = f"\ue000{n}\ue001"
-    parts = _SLOT.split(render_chat(masked, tokenizer, tokenize=False))
+    parts = _SLOT.split(render_chat(masked, tokenizer))
     return parts, {slots[int(parts[n])]: n for n in range(1, len(parts), 2)}
 
 def _opening(messages: list[dict], tokenizer) -> str:
     "What a template writes to ask for an answer."
     asked = messages[:next(i for i, m in enumerate(messages) if m["role"] == "assistant")]
-    bare, ready = (render_chat(asked, tokenizer, tokenize=False, add_generation_prompt=ask) for ask in (False, True))
+    bare, ready = (render_chat(asked, tokenizer, add_generation_prompt=ask) for ask in (False, True))
     return ready.removeprefix(bare)
 
 # %% ../nbs/api/01a_templates.ipynb #01a-templates-13
@@ -136,10 +136,33 @@ def _place(messages: list[dict], text: str, tokenizer) -> tuple[list[tuple], boo
     raise Unusable("the chat template rewrites its text: take another template, or remove the record",
                     "rewritten by the chat template")
 
+# %% ../nbs/api/01a_templates.ipynb #01a-templates-18b
+def _missing(message: dict, written: str) -> bool:
+    "Whether a template has left out something of an answer: its text, a call, or the name of an argument."
+    calls = [call["function"] for call in message.get("tool_calls", ())]
+    said = [message["content"], *(name for call in calls for name in (call["name"], *call["arguments"]))]
+    return not all(part in written or json.dumps(part, ensure_ascii=False)[1:-1] in written for part in said)
+
+def _place_calls(messages: list[dict], text: str, tokenizer) -> tuple[list[tuple], bool]:
+    "As `_place`, for a chat with tools: a response is what follows the request for it, and stands so in the text."
+    answers, spans = [i for i, m in enumerate(messages) if m["role"] == "assistant"], []
+    for i in answers:
+        asked = render_chat(messages[:i], tokenizer, add_generation_prompt=True)
+        given = render_chat(messages[:i + 1], tokenizer).rstrip()
+        if given.startswith(asked) and text.startswith(given): spans.append((i, len(asked), len(given)))
+    tools = [tool.get("function", tool).get("name", "") for tool in messages[0].get("tools", ())]
+    lost = any(_missing(messages[i], text[begin:end]) for i, begin, end in spans)
+    if lost or answers[-1] not in [i for i, *_ in spans] or not all(tool in text for tool in tools):
+        raise Unusable("the chat template does not write its tools or calls as they are: take another template, or "
+                       "remove the record", "with tools that the chat template does not write")
+    return spans, len(spans) == len(answers)
+
+# %% ../nbs/api/01a_templates.ipynb #01a-templates-18c
 def label_chat(messages: list[dict], tokenizer) -> tuple[list[int], list[int], list[float], bool]:
     "Token ids of a chat, labels (the same ids on responses, -100 elsewhere), weights, and if all answers have labels."
-    text = render_chat(messages, tokenizer, tokenize=False)
-    spans, whole = _place(messages, text, tokenizer)
+    text = render_chat(messages, tokenizer)
+    place = _place_calls if any("tools" in m or "tool_calls" in m for m in messages) else _place
+    spans, whole = place(messages, text, tokenizer)
     encoded = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
     ids, offsets = encoded["input_ids"], encoded.encodings[0].offsets
     labels, weights = [-100] * len(ids), [0.0] * len(ids)

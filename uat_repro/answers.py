@@ -79,7 +79,7 @@ def _finished(tokens: list[int], ends: set[int]) -> tuple[list[int], bool]:
     return tokens[:at], at is None
 
 # %% ../nbs/api/10a_answers.ipynb #10a-answers-19
-def _asked(record: Mapping, tokenizer) -> tuple[dict, list[int]]:
+def _asked(record: dict, tokenizer) -> tuple[dict, list[int]]:
     "What is known of a problem, and the tokens of its prompt. Raises where the solution has no number."
     messages = to_messages(record)
     known = dict(record=str(record.get("id") or record_id(messages)), gold=final_answer(messages[-1]["content"]))
@@ -87,7 +87,7 @@ def _asked(record: Mapping, tokenizer) -> tuple[dict, list[int]]:
     if known["gold"] is None:
         raise ValueError(f"record {known['record']!r} has no number in its solution to compare with: give problems, "
                          "such as those of gsm8k")
-    text = render_chat(messages[:-1], tokenizer, tokenize=False, add_generation_prompt=True)
+    text = render_chat(messages[:-1], tokenizer, add_generation_prompt=True)
     return known, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 def _graded(known: dict, tokens: list[int], ends: set[int], tokenizer) -> dict:
@@ -101,7 +101,7 @@ def _graded(known: dict, tokens: list[int], ends: set[int], tokenizer) -> dict:
 def exact_match(
     model: nn.Module,  # a whole causal language model, which reads tokens
     tokenizer,  # with a chat template
-    records: Sequence[Mapping],  # problems, in any format of `records.FORMATS`
+    records: Sequence[dict],  # problems, in any format of `records.FORMATS`
     max_new_tokens: int = 256,  # longer answers are cut
     batch_size: int = 16,  # problems at once
 ) -> pd.DataFrame:  # record, gold, cluster, answer, correct (1 or 0), cut (bool), response: a row for each

@@ -104,7 +104,7 @@ def _fault(file: Path, label: dict[str, str]) -> str:  # empty if nothing is
     return "" if metadata == _told(label, states) else "is damaged"
 
 # %% ../nbs/api/04_cache.ipynb #04-cache-27
-def _replace(path: Path, write: Callable[[Path], None]):
+def _replace(path: Path, write: Callable[[Path], object]):
     "Write a file beside `path`, then rename it."
     write(part := path.with_suffix(".part"))
     os.replace(part, path)

@@ -6,8 +6,8 @@ Docs: https://uat-repro.github.io/uat-repro/api/claims.html.md"""
 
 # %% auto #0
 __all__ = ['PRIMARY', 'TESTS', 'TABLES', 'NOT_MEASURED', 'Measure', 'Claim', 'Procedure', 'read_claims', 'gather',
-           'measure_effects', 'Finding', 'Judged', 'judge', 'judge_folder', 'claims_table', 'write_claims',
-           'read_judged', 'compare_claims']
+           'measure_effects', 'Finding', 'Judged', 'judge', 'judge_folder', 'claims_table', 'claim_record',
+           'write_claims', 'read_judged', 'compare_claims']
 
 # %% ../nbs/api/13_claims.ipynb #13-claims-03
 from collections import Counter, defaultdict
@@ -258,8 +258,10 @@ def claims_table(
     return "\n\n".join(f"{title}\n\n{text}" for title, text in sections.items()) + "\n"
 
 # %% ../nbs/api/13_claims.ipynb #13-claims-50
-def _record(j: Judged) -> dict:
-    "A judged claim as JSON."
+def claim_record(
+    j: Judged,  # a claim or a control
+) -> dict:  # for JSON
+    "A judged claim as it stands in `claims.json`."
     findings = [dict(measure=f.measure.name, setting=dict(f.setting), effect=asdict(f.effect), verdict=f.verdict)
                 for f in j.findings]
     return dict(asdict(j.claim), verdict=j.verdict, findings=findings)
@@ -273,12 +275,12 @@ def write_claims(
     "Write the claims for readers and for programs."
     judged = list(judged)
     write_whole(Path(folder) / "claims.md", claims_table(judged, label))
-    return write_json(Path(folder) / "claims.json", dict(claims=list(map(_record, judged))))
+    return write_json(Path(folder) / "claims.json", dict(claims=list(map(claim_record, judged))))
 
 # %% ../nbs/api/13_claims.ipynb #13-claims-53
 def _effect(numbers: Mapping) -> Effect:
     "An effect from its JSON."
-    plain = {k: tuple(v) if isinstance(v, list) else nan if v is None else v for k, v in numbers.items()}
+    plain: dict = {k: tuple(v) if isinstance(v, list) else nan if v is None else v for k, v in numbers.items()}
     effect = Effect(**plain)
     return effect.at(effect.level) if effect.ratio else effect
 

@@ -16,8 +16,7 @@ from typing import Annotated
 
 import typer
 
-from ._arguments import (Columns, DataDir, Dataset, Json, Length, Model, OnError, Split, Template, Training, option,
-                                   takes)
+from ._arguments import DataDir, Json, Reading, Split, Template, Training, option, takes
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-08
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -99,7 +98,7 @@ def _claims_text(workdir: Path, as_json: bool) -> str:
     judged, table = judging.judge_folder(workdir), workdir / "claims.md"
     if not judged and (as_json or not table.exists()):
         raise FileNotFoundError(f"{workdir} holds no claims: run `uat-repro reproduce`, or give the folder of results")
-    if as_json: return json.dumps(strict_json(dict(claims=[*map(judging._record, judged)])), indent=1)
+    if as_json: return json.dumps(strict_json(dict(claims=[*map(judging.claim_record, judged)])), indent=1)
     return judging.claims_table(judged, plots.label) if judged else table.read_text(encoding="utf-8")
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-69
@@ -213,11 +212,9 @@ def doctor(
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-31
 @app.command()
+@takes(Reading)
 def score(
-    dataset: Dataset,
-    columns: Columns = "",
-    model: Model = "smollm2-135m",
-    chat_template: Template = "",
+    asked: Reading,
     out: option(Path, help="Folder for tokens.parquet and tokens.html.") = Path("scores"),
     records: option(int, min=1, help="Records to score.") = 20,
     split: Split = "all",
@@ -226,19 +223,16 @@ def score(
     p: option(float, help="Dropout rate.") = .02,
     sites: option(list[str], help="attention, mlp, probabilities or final; may be repeated.") = ["attention"],
     samples: option(int, help="Samples of the posterior, at least 4.") = 8,
-    max_length: Length = 512,
-    on_error: OnError = None,
-    data_dir: DataDir = None,
 ):
     "Score the response tokens of a data set: a table, a page to explore them, and a summary."
     from uat_repro import _tasks as tasks
     from uat_repro.uncertainty import SCORES, MCDropout, score_tokens
     from uat_repro.workflow import nearest
     if by not in SCORES: raise ValueError(f"there is no score {by!r}: {nearest(by, SCORES)}")
-    posterior, (network, tokenizer) = MCDropout(p, samples, tuple(sites)), tasks.load(model, chat_template)
-    rows = tasks.read_rows(dataset, split, records, data_dir, on_error, columns, tokenizer, max_length)
+    posterior, (network, tokenizer) = MCDropout(p, samples, tuple(sites)), tasks.load(asked.model, asked.chat_template)
+    rows = tasks.read_rows(asked, split, records, tokenizer)
     tokens = tasks.mark_selected(score_tokens(network, tokenizer, rows, posterior))
-    tasks.write_scores(out, tokens, by, show, f"{Path(dataset).stem}, scored by {Path(model).name}")
+    tasks.write_scores(out, tokens, by, show, f"{Path(asked.dataset).stem}, scored by {Path(asked.model).name}")
     print(f"{len(tokens)} tokens of {len(rows)} records: {out / 'tokens.parquet'}, {out / 'tokens.html'}")
     print(*tasks.summary(tokens, by), sep="\n")
 
@@ -278,24 +272,19 @@ def evaluate(
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-47
 @app.command()
+@takes(Reading)
 def cache(
-    dataset: Dataset,
-    columns: Columns = "",
-    model: Model = "smollm2-135m",
-    chat_template: Template = "",
+    asked: Reading,
     out: option(Path, help="Folder for the states.") = Path("states"),
     records: option(int, min=1, help="Records to keep the states of.") = 1000,
     split: Split = "train",
     layer: option(int, help="The states that enter this layer; -1 for the last ones, which a teacher needs.") = -1,
-    max_length: Length = 512,
-    on_error: OnError = None,
-    data_dir: DataDir = None,
 ):
     "Keep the hidden states of a data set: for a teacher, or for training the layers above one."
     from uat_repro import _tasks as tasks
     from uat_repro.cache import HiddenCache, states_size
-    network, tokenizer = tasks.load(model, chat_template)
-    rows = tasks.read_rows(dataset, split, records, data_dir, on_error, columns, tokenizer, max_length)
+    network, tokenizer = tasks.load(asked.model, asked.chat_template)
+    rows = tasks.read_rows(asked, split, records, tokenizer)
     print(f"{len(rows)} records will take {states_size(network, rows) / 1e6:,.1f} MB in {out}")
     HiddenCache.build(network, rows, out, layer)
 

@@ -9,7 +9,6 @@ __all__ = ['as_compute_loss_func']
 
 # %% ../nbs/api/08a_compute_loss.ipynb #08a-compute-loss-03
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .head import scores_of
-from .objective import Objective, Scored, Settings, _select, _weigh
+from .models import Head
+from .objective import Objective, Scored, Settings, select, weigh
 from .tokens import lay_out
 
 # %% ../nbs/api/08a_compute_loss.ipynb #08a-compute-loss-06
@@ -34,10 +34,8 @@ def _check_step(o: Settings, tokens: int, num_items: Tensor | int | None) -> Non
                          "gradient_accumulation_steps=1")
 
 # %% ../nbs/api/08a_compute_loss.ipynb #08a-compute-loss-07
-class _Given(NamedTuple):
-    "An output layer for states that are logits already."
-    weight: Tensor  # (V, N): only its length is read
-
+class _Given(Head):
+    "An output layer for states that are logits already; only the length V of its weight is read."
     def logits(self, hidden: Tensor) -> Tensor: return hidden
 
 def _check_logits(o: Settings) -> None:
@@ -61,8 +59,8 @@ def as_compute_loss_func(
         logits = layout.predicting(outputs.logits).float()  # (N, V)
         with torch.no_grad(): scores = scores_of(logits, layout.targets)
         scored = Scored(layout, scores, logits.detach(), _Given(logits.T))
-        selected = _select(o, scored)  # (N,) M
+        selected = select(o, scored)  # (N,) M
         losses = F.cross_entropy(logits[selected], layout.targets[selected], reduction="none")
         divisor = selected.sum() if o.selects or num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-        return (_weigh(o, scored, selected)[selected] * losses).sum() / divisor.clamp(min=1)
+        return (weigh(o, scored, selected)[selected] * losses).sum() / divisor.clamp(min=1)
     return compute_loss

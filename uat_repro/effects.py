@@ -50,7 +50,8 @@ class Effect:
         return self.estimate - half, self.estimate + half
 
     def at(self, level: float) -> "Effect":  # the same effect with the interval of that coverage
-        return replace(self, **dict(zip(("low", "high"), self.interval(level))), level=level)
+        low, high = self.interval(level)
+        return replace(self, low=low, high=high, level=level)
     def __str__(self) -> str: return _in_digits(self.estimate, self.low, self.high)
 
 # %% ../nbs/api/12_effects.ipynb #12-effects-08
@@ -71,8 +72,8 @@ def with_interval(
 ) -> Effect:
     "An effect with its t interval and its p value."
     with np.errstate(all="ignore"): far = np.divide(abs(estimate - null), error)
-    numbers = dict(null=null, p=float(2 * stdtr(df, -far)), error=float(error), df=float(df))
-    return Effect(float(estimate), **numbers, **more).at(LEVEL)
+    p = float(2 * stdtr(df, -far))
+    return Effect(float(estimate), null=null, p=p, error=float(error), df=float(df), **more).at(LEVEL)
 
 def detectable(
     effect: Effect,  # at the level at which it is judged
@@ -232,7 +233,8 @@ def arm_gain(
     by: str = "arm",  # column that names the arm
 ) -> Effect:  # positive is better
     "By how much one arm of a table is better than another."
-    return paired_effect(*_ordered(*(table[table[by] == a] for a in (arm, over)), value), value)
+    ours, theirs = (table[table[by] == a] for a in (arm, over))
+    return paired_effect(*_ordered(ours, theirs, value), value)
 
 # %% ../nbs/api/12_effects.ipynb #12-effects-35
 RUN = ("model", "trained_on", "regime", "objective")  # columns that name a training run, of several seeds
@@ -259,7 +261,7 @@ def gains(
 ) -> dict[tuple, Effect]:  # for each `SETTING` that has both arms; positive is better
     "By how much one objective is better than another, setting by setting."
     pairs = _by_setting(frame, objective, over)
-    return {key: paired_effect(*_ordered(*pair, value), value) for key, pair in pairs.items()}
+    return {key: paired_effect(*_ordered(ours, theirs, value), value) for key, (ours, theirs) in pairs.items()}
 
 def shares(
     frame: pd.DataFrame,  # as for `gains`
@@ -269,7 +271,8 @@ def shares(
     value: str = "nll",  # column in `MEASURES`
 ) -> dict[tuple, Effect]:  # for each `SETTING` that has all three
     "Share of the loss of one objective that another restores, setting by setting."
-    return {key: share_effect(*arms, value) for key, arms in _by_setting(frame, objective, over, start).items()}
+    arms = _by_setting(frame, objective, over, start)
+    return {key: share_effect(ours, theirs, before, value) for key, (ours, theirs, before) in arms.items()}
 
 # %% ../nbs/api/12_effects.ipynb #12-effects-39
 def simultaneous(

@@ -10,7 +10,7 @@ __all__ = ['prepare', 'finish', 'Prepared', 'Arm', 'snapshot', 'run_arms', 'chos
 # %% ../nbs/api/14_experiments.ipynb #14-experiments-03
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Mapping, Sequence
+from typing import Callable, Mapping, Self, Sequence
 
 import pandas as pd
 import torch
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ._verify import sealed
 from .cache import CachedDataset, HiddenCache
+from .distillation import Teacher
 from .evaluation import Baseline, TokenScores, measure_baseline
 from .models import load_model, split_layers
 from .objective import Objective
@@ -75,7 +76,7 @@ def finish(
     tables: Mapping[str, pd.DataFrame],  # name -> table, a Parquet file each
     about: Mapping,  # settings and findings, for `result.json`
     started: float,  # `time.time()` when the run began
-    seeds: int | Sequence[int],  # all seeds that decided about anything random
+    seeds: int | list[int],  # all seeds that decided about anything random
     data: Mapping[str, str],  # data set -> hash of its records
     weights: Mapping[str, str],  # model -> hash of its weights
     **more,  # anything else for `cost.json`
@@ -114,7 +115,7 @@ class _Described:
     def open(
         cls,
         folder: str | Path,  # folder of a run of the notebook `prepare`
-    ) -> "Prepared":
+    ) -> Self:
         "A prepared data set, with all that its `result.json` says."
         return cls(Path(folder), read_about(folder))
 
@@ -179,7 +180,7 @@ class Prepared(_Stored):
         model.to(PartialState().device)
         return _top(model, self.layer) if self.layer and not whole else model, tokenizer
 
-    def batch(self, rows: Sequence[Mapping], tokenizer) -> dict:
+    def batch(self, rows: Sequence[dict], tokenizer) -> dict:
         "Some rows as one batch, on the model's device."
         return send_to_device(dict(Collator(tokenizer)(rows)), PartialState().device)
 
@@ -228,7 +229,7 @@ def run_arms(
     documents: int,  # training documents of an ordinary run
     measure: Callable[[pd.DataFrame], pd.DataFrame],  # what to measure of a trained model, from its training log
     initial: pd.DataFrame | None = None,  # measurements of the initial model, to stand in the table as an arm
-    teacher: Callable | None = None,  # for objectives that need one
+    teacher: Teacher | None = None,  # for objectives that need one
     **arguments,  # of `TrainingArguments`: batch size, schedule, ...
 ) -> pd.DataFrame:  # what was measured, with columns `seed` and `arm`
     "Train every arm with every seed, each from the initial weights, and measure it."

@@ -107,7 +107,7 @@ def select_tokens(
 def select_among(
     values: Tensor,  # (N,) float, one score for each token
     documents: Tensor,  # (N,) number of the document of each token, in ascending order
-    *rule: float | str,  # keep, granularity, scope and order, as for `select_tokens`
+    *rule,  # keep, granularity, scope and order, as for `select_tokens`
 ) -> Tensor:  # (N,) bool
     "Which tokens win, from their values and the numbers of their documents (equation 7)."
     lengths = torch.bincount(documents, minlength=1)  # (documents,)

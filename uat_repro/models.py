@@ -13,7 +13,7 @@ __all__ = ['FAMILIES', 'SITES', 'PRECISIONS', 'Head', 'has_dropout', 'eval_mode'
 import copy, sys
 from contextlib import contextmanager
 from functools import partial
-from typing import Callable, Iterator, Mapping, NamedTuple
+from typing import Any, Callable, Iterator, Mapping, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ def _once(trial: Callable, model: nn.Module) -> bool:
     return _FOUND[key]
 
 # %% ../nbs/api/02_models.ipynb #02-models-18
-def _run(decoder: nn.Module, call: Callable, **inputs) -> tuple[Tensor, object]:  # (B, T, H), and what `call` returned
+def _run(decoder: nn.Module, call: Callable, **inputs) -> tuple[Tensor, Any]:  # (B, T, H), and what `call` returned
     "The last hidden states that a decoder computes while `call` is called."
     kept = []
     hook = decoder.register_forward_hook(lambda module, args, out: kept.append(out.last_hidden_state))

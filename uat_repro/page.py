@@ -13,7 +13,7 @@ from importlib.resources import files
 
 import matplotlib as mpl, numpy as np, pandas as pd
 
-from .heatmaps import _need, score_limits
+from .heatmaps import need_columns, score_limits
 
 # %% ../nbs/api/15a_page.ipynb #15a-page-07
 def _rounded(values: pd.Series) -> list[float | None]:
@@ -55,7 +55,7 @@ def token_page(
     by: str = "loss",  # the score that colours the tokens at first
 ) -> str:  # a whole document
     "A page to search records, choose scores and set a threshold. Raises `ValueError` at a missing column."
-    _need(tokens, "record", "token")
-    _need(tokens.select_dtypes("float"), by)
+    need_columns(tokens, "record", "token")
+    need_columns(tokens.select_dtypes("float"), by)
     template = (files("uat_repro") / "page.html").read_text(encoding="utf-8")
     return template.replace("{{data}}", json.dumps(_page_data(tokens, title, by)).replace("<", "\\u003c"))

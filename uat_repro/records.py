@@ -9,50 +9,34 @@ __all__ = ['FORMATS', 'SPLITS', 'GSM_SYMBOLIC_SIZE', 'GSM_SYMBOLIC_SEED', 'DATA_
            'split_of', 'in_folder', 'files_digest', 'NoRecords', 'load_records']
 
 # %% ../nbs/api/00_records.ipynb #00-records-03
-import difflib, hashlib, json, logging, math, os, re
+import difflib, hashlib, json, logging, os, re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
-from numbers import Real
 from pathlib import Path
 
 from ._files import ENDINGS, file_hash, files_of, read_values
 from ._hub import HUB, by_full_name, from_hub, on_hub, renamed, short
+from ._turns import FIELDS, as_text, excerpt, first_of, listed, message_of, nothing, read_tools
 
 _log = logging.getLogger(__name__)
-
-# %% ../nbs/api/00_records.ipynb #00-records-07
-def _nothing(value: object) -> bool: return value in (None, "", "[]", [], {}) or value != value
-
-def _first(record: dict, *fields: str) -> object:
-    "The first of these fields that holds something."
-    return next((value for field in fields if not _nothing(value := record.get(field))), None)
-
-def _text(value: object) -> str:
-    "A value as text; a `TypeError` if it is neither text nor a number."
-    if _nothing(value): return ""
-    if isinstance(value, bool | int | float): return json.dumps(value)
-    if not isinstance(value, str): raise TypeError(f"is {type(value).__name__}, not text")
-    return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 # %% ../nbs/api/00_records.ipynb #00-records-07a
 def _several(turns: list[dict] | str) -> list[tuple]:
     "The turns of a conversation, each with all its fields."
-    return [(_first(turn, "role", "from"), _first(turn, "content", "value"), turn) for turn in _listed(turns)]
-
-def _listed(value: list | str) -> list: return json.loads(value) if isinstance(value, str) else value
+    return [(first_of(turn, "role", "from"), first_of(turn, "content", "value"), turn) for turn in listed(turns)]
 
 def _rounds(history: list | str) -> list[tuple]:
     "Earlier rounds, as pairs of what was asked and answered, or as turns."
-    return [turn for part in _listed(history) for turn in (
+    return [turn for part in listed(history) for turn in (
         zip(("user", "assistant"), part, strict=True) if isinstance(part, list | tuple) else _several([part]))]
 
 def _single(record: dict, *asked: str) -> list[tuple]:
     "Earlier rounds, what is asked in these fields, and the answer."
-    prompt = "\n\n".join(filter(None, (_text(record.get(field)) for field in asked)))
-    answer = _first(record, "output", "answer", "response")
-    return [*_rounds(_first(record, "history") or []), ("user", prompt), ("assistant", answer)]
+    prompt = "\n\n".join(filter(None, (as_text(record.get(field)) for field in asked)))
+    answer = first_of(record, "output", "answer", "response")
+    return [*_rounds(first_of(record, "history") or []), ("user", prompt), ("assistant", answer)]
 
 def _pair(prompt: object, completion: object) -> list[tuple]:
     "A prompt and its completion, each as text or as a list of turns."
@@ -62,92 +46,75 @@ def _pair(prompt: object, completion: object) -> list[tuple]:
 FORMATS = dict(  # the field that marks a format -> a function from a record to its turns: (speaker, text)
     messages=lambda record: _several(record["messages"]),
     conversations=lambda record: _several(record["conversations"]),
-    prompt=lambda record: _pair(record["prompt"], _first(record, "completion", "response", "output", "answer")),
+    prompt=lambda record: _pair(record["prompt"], first_of(record, "completion", "response", "output", "answer")),
     instruction=lambda record: _single(record, "instruction", "input", "context"),
     question=lambda record: _single(record, "context", "question"),
 )
 
 # %% ../nbs/api/00_records.ipynb #00-records-10
-def _excerpt(record: object) -> str:
-    "The id of a record, or its first characters."
-    return repr(record["id"] if isinstance(record, dict) and record.get("id") else str(record)[:60])
-
 class _Fields(dict):
     "A record that remembers which of its fields were read."
+    read: set[str]
     def get(self, field: str, default=None) -> object: return self.read.add(field) or super().get(field, default)
     def __getitem__(self, field: str) -> object: return self.read.add(field) or super().__getitem__(field)
 
 def _turns(fields: _Fields, record: dict) -> list[tuple]:
     "The turns of a record as written: (speaker, text), and perhaps all fields of the turn."
-    present, none = [field for field in FORMATS if field in fields], f"record {_excerpt(record)} has no known format: "
+    present, none = [field for field in FORMATS if field in fields], f"record {excerpt(record)} has no known format: "
     if not present: raise ValueError(f"{none}give it one of the fields {', '.join(FORMATS)}, or add its format to "
                                      "uat_repro.records.FORMATS")
-    format = min(present, key=lambda field: _nothing(record[field]))
+    format = min(present, key=lambda field: nothing(record[field]))
     try: turns = FORMATS[format](fields)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise ValueError(f"{none}its {format!r} (or history) is neither text nor a list of turns with role and "
                          "content: write it so") from None
-    system = None if "system" in fields.read else _first(fields, "system", "system_prompt")
+    system = None if "system" in fields.read else first_of(fields, "system", "system_prompt")
     return turns if system is None else [("system", system), *turns]
-
-# %% ../nbs/api/00_records.ipynb #00-records-12
-_ASSISTANTS = "gpt", "chatgpt", "assistant", "model", "bard", "bing"
-_ROLES = dict(system="system", human="user", user="user") | dict.fromkeys(_ASSISTANTS, "assistant")
-_REASONING = "reasoning_content", "thinking", "reasoning"  # names of the reasoning before an answer; the first is kept
-_LEARN = "weight", "train", "training", "loss"
-_CALLS = "tool_calls", "function_call"
-_OF_A_TURN = {"role", "from", "content", "value", *_REASONING, *_LEARN, *_CALLS}
-
-def _weight(record: dict, turn: dict) -> Real:
-    "How much a turn counts: the product of its marks and of its record's weight. Raises where one is no weight."
-    marks = [value for value in (record.get("weight"), *map(turn.get, _LEARN)) if not _nothing(value)]
-    if wrong := [mark for mark in marks if not (isinstance(mark, Real) and 0 <= mark < math.inf)]:
-        raise ValueError(f"record {_excerpt(record)} has the weight {wrong[0]!r}: give a number of at least 0")
-    return math.prod(marks)
-
-def _message(record: dict, speaker: str, text: object, turn: dict = {}) -> dict:
-    "The message of one turn; a `ValueError` names the record that has an unknown speaker, no text or a wrong mark."
-    def wrong(what: str) -> ValueError: return ValueError(f"record {_excerpt(record)} has {what}")
-    if not isinstance(speaker, str) or speaker not in _ROLES:
-        raise wrong(f"a turn by {speaker!r}: remove it, or name one of {', '.join(_ROLES)}")
-    if _first(turn, *_CALLS): raise wrong("tool calls, which are not read: remove the record")
-    weight = _weight(record, turn)
-    try: content, reasoning = (_text(part).strip() for part in (text, _first(turn, *_REASONING)))
-    except TypeError as e: raise wrong(f"a turn or reasoning that {e}: give its text, or remove it") from None
-    message = dict(role=_ROLES[speaker], content=content)
-    if message["role"] != "assistant": return message
-    if reasoning: message["reasoning_content"] = reasoning
-    return message if weight == 1 else message | dict(weight=weight)
 
 # %% ../nbs/api/00_records.ipynb #00-records-13
 def _join(message: dict, more: dict) -> None:
     "Add the next message of the same role; the smaller weight holds for both."
     weight = min(message.pop("weight", 1), more.pop("weight", 1))
-    for field, value in more.items():
-        if field != "role": message[field] = "\n\n".join(filter(None, (message.get(field), value)))
+    message |= {field: value if field == "tool_calls" else "\n\n".join(filter(None, (message.get(field), value)))
+                for field, value in more.items() if field != "role"}
     if weight != 1: message["weight"] = weight
 
+def _follow(before: dict, message: dict, record: dict) -> None:
+    "Raise unless the result of a call follows it, and nothing else."
+    result = message["role"] == "tool"
+    if "tool_calls" in before and not result: wrong = "a tool call without result"
+    elif result and "tool_calls" not in before and before["role"] != "tool": wrong = "a result without call"
+    else: return
+    raise ValueError(f"record {excerpt(record)} has {wrong}: complete or remove it")
+
+# %% ../nbs/api/00_records.ipynb #00-records-13b
 def _conversation(record: dict) -> tuple[list[dict], list[str]]:
     "The messages of a record, as from `to_messages`, and its fields that were not read."
     fields, messages = _Fields(record if isinstance(record, dict) else {}), []
     fields.read = {"id", "source", "cluster", "weight", "token_weights"}
     asked, turns = False, _turns(fields, record)
-    for message in (_message(record, *turn) for turn in turns):
+    for message in (message_of(record, *turn) for turn in turns):
         if message["role"] == "user": asked = bool(message["content"]) or (asked and messages[-1]["role"] == "user")
-        if not message["content"] or (message["role"] == "assistant" and not asked): continue
-        if messages and messages[-1]["role"] == message["role"]: _join(messages[-1], message)
+        said = message["content"] or "tool_calls" in message or message["role"] == "tool"
+        if not said or (message["role"] == "assistant" and not asked): continue
+        _follow(messages[-1] if messages else dict(role=""), message, record)
+        if messages and messages[-1]["role"] == message["role"] != "tool": _join(messages[-1], message)
         else: messages.append(message)
     while messages and messages[-1]["role"] != "assistant": messages.pop()
-    unread = [field for field, value in fields.items() if field not in fields.read and not _nothing(value)]
+    holders = fields, *(turn for _, _, *more in turns[:1] for turn in more)
+    try: tools = [tool for holder in holders for tool in read_tools(holder, "tools")]
+    except TypeError as e: raise ValueError(f"record {excerpt(record)} has {e}: mend or remove them") from None
+    if messages and tools: messages[0]["tools"] = tools
+    unread = [field for field, value in fields.items() if field not in fields.read and not nothing(value)]
     unread += sorted({f"turn.{field}" for _, _, *more in turns for turn in more for field, value in turn.items()
-                      if field not in _OF_A_TURN and not _nothing(value)})
+                      if field not in FIELDS and not nothing(value)})
     if messages: return messages, unread
     others = f" (fields that are not read: {', '.join(unread)})" if unread else ""
-    raise ValueError(f"record {_excerpt(record)} has no response{others}: write one or remove the record")
+    raise ValueError(f"record {excerpt(record)} has no response{others}: write one or remove the record")
 
 def to_messages(
     record: dict,  # one record, in a format of `FORMATS`
-) -> list[dict]:  # `role`, `content`, perhaps reasoning and `weight`; roles alternate, and the assistant speaks last
+) -> list[dict]:  # `role`, `content`, perhaps reasoning, calls, tools and `weight`; the assistant speaks last
     "The chat messages of a record; a `ValueError` names a record that has no response or no known format."
     return _conversation(record)[0]
 
@@ -156,7 +123,7 @@ def record_id(
     messages: list[dict],  # chat messages
 ) -> str:  # 16 hexadecimal digits
     "The hash that names a conversation."
-    turns = [[m[field] for field in ("role", "content", "reasoning_content") if field in m]
+    turns = [[m[field] for field in ("role", "content", "reasoning_content", "tool_calls", "tools") if field in m]
              + [False] * (m.get("weight") == 0) for m in messages]
     return hashlib.sha256(json.dumps(turns, ensure_ascii=False).encode()).hexdigest()[:16]
 

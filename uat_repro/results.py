@@ -21,6 +21,7 @@ from importlib.resources import files
 from itertools import product
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import pandas as pd, yaml
 from pyarrow import ArrowInvalid
@@ -48,7 +49,7 @@ def write_whole(
 # %% ../nbs/api/11_results.ipynb #11-results-09
 def strict_json(
     obj: Mapping | list,  # what JSON can hold, NumPy numbers and paths; NaN and infinity become null
-) -> dict | list:  # as it will be read back
+) -> Any:  # as it will be read back
     "What strict JSON keeps of an object."
     text = json.dumps(obj, default=lambda x: x.item() if hasattr(x, "item") else str(x))
     return json.loads(text, parse_constant=lambda _: None)
@@ -63,7 +64,7 @@ def write_json(
 # %% ../nbs/api/11_results.ipynb #11-results-10
 def read_json(
     path: str | Path,  # a file of JSON
-) -> dict | list:  # what it holds
+) -> Any:  # what it holds
     "Read a file of JSON; a `ValueError` of one line names one that is damaged."
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as e: raise ValueError(f"{path} is damaged ({e}): {_REMAKE}") from None

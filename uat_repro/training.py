@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from .distillation import Teacher
 from .models import use_bf16
 from .objective import Objective, ObjectiveOutput
 from .tokens import Collator, LengthSampler, lay_out, token_frame
@@ -111,7 +112,7 @@ class TokenLog(TrainerCallback):
         _write(self.path, pd.concat(self.frames))
 
 # %% ../nbs/api/09_training.ipynb #09-training-20
-def _lengths(dataset: Sequence) -> list[int]:
+def _lengths(dataset) -> list[int]:
     "Number of tokens of every row, without reading more than the tokens."
     if hasattr(dataset, "lengths"): return dataset.lengths
     ids = dataset["input_ids"] if hasattr(dataset, "column_names") else (row["input_ids"] for row in dataset)
@@ -154,7 +155,7 @@ class _Evaluating(_Counting):
 # %% ../nbs/api/09_training.ipynb #09-training-25
 _UNREAD = ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics")
 
-def _check(objective: Objective, teacher: Callable | None, args: TrainingArguments, arguments: dict) -> None:
+def _check(objective: Objective, teacher: Teacher | None, args: TrainingArguments, arguments: dict) -> None:
     "Raise a `ValueError` that says what is missing, or what would have no effect."
     if objective.needs_teacher and teacher is None:
         raise ValueError("this objective needs a teacher: pass teacher=FrozenTeacher(model), made before training")
@@ -201,7 +202,7 @@ class ObjectiveMixin(_Resuming):
         model: nn.Module | None = None,  # a causal language model, with or without an adapter
         args: TrainingArguments | None = None,  # `remove_unused_columns` is switched off: ids and states are needed
         objective: Objective | str = Objective(),  # or the name of a preset
-        teacher: Callable | None = None,  # see `Objective.needs_teacher`
+        teacher: Teacher | None = None,  # see `Objective.needs_teacher`
         token_log: TokenLog | None = None,  # where to record tokens
         **kwargs,  # train_dataset, processing_class, data_collator, callbacks, ...
     ):
@@ -256,7 +257,7 @@ def train_in_memory(
     tokenizer,  # gives the padding id
     seed: int,  # of all random numbers of the training
     precision: str = "float32",  # of the layers, as for `autocast`
-    teacher: Callable | None = None,  # see `Objective.needs_teacher`
+    teacher: Teacher | None = None,  # see `Objective.needs_teacher`
     token_log: TokenLog | None = None,  # where to record tokens
     callbacks: Iterable[TrainerCallback] = (),  # called on the way, such as `AtSteps`
     **arguments,  # of `TrainingArguments`: length, batch size, learning rate and schedule

@@ -158,7 +158,7 @@ class Run:
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-38
 def events(
     lines: Iterable[str],  # from `snakemake_main`
-) -> Iterator[tuple[str, Run | str]]:  # "start", "done" or "failed" and the run; "error" and Snakemake's words
+) -> Iterator[tuple]:  # "start", "done" or "failed" and the run; "error" and Snakemake's words
     "What happens to which run. Rules that run no notebook are left out."
     runs, kinds = {}, dict(job_info="start", job_finished="done", job_error="failed")
     for event in map(json.loads, lines):
@@ -230,7 +230,6 @@ def terminable() -> Iterator[None]:
     try: yield
     finally: signal.signal(signal.SIGTERM, before)
 
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-55
 def _pass_on(child: subprocess.Popen) -> None:
     "End a child, which then starts nothing more, and all that it has started."
     family = psutil.Process(child.pid)
@@ -250,7 +249,7 @@ def watch(
 ) -> tuple[int, list[Run], str]:  # Snakemake's exit status, the failed runs, its last error
     "Run Snakemake, with a line for each run that ends."
     failed, error = [], ""
-    how = dict(pass_fds=keep, preexec_fn=_follow_parent, text=True, encoding="utf-8")
+    how: dict = dict(pass_fds=keep, preexec_fn=_follow_parent, text=True, encoding="utf-8")
     with open(log, "w") as file, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, **how) as child:
         try:
             for kind, run in events(child.stdout):
@@ -274,6 +273,14 @@ def _failures(workdir: Path, failed: list[Run], error: str) -> None:
         print(f"\n{run} failed, see {workdir / run.notebook}:\n{why}", file=sys.stderr)
     if not failed: print(_reason(error) or f"Snakemake stopped; its words are in {log}", file=sys.stderr)
     print("\nonce it is mended, run the same command again: finished runs are kept", file=sys.stderr)
+
+def _show_claims(workdir: Path, reference: Path, label: Callable[[str], str]) -> None:
+    "Print the claims beside those of the reference, and where they are, if there are any."
+    if not (ours := workdir / "claims.json").exists(): return
+    from uat_repro.claims import compare_claims  # imports SciPy, which no run of Snakemake needs
+    if (theirs := reference / ours.name).exists():
+        print(f"\nThis run beside the reference:\n\n{compare_claims(ours, theirs, label)}")
+    print(f"claims: {ours.with_suffix('.md')}   figures: {workdir / 'figures'}")
 
 def _make(profile: dict, workdir: Path, command: list[str], cores: int, lock: int) -> int:
     "Run what is missing; exit status."
@@ -303,9 +310,6 @@ def _plan_for(profile: dict, workdir: Path, *options: str, **call) -> list[Run]:
         config = write_json(Path(tmp) / "profile.json", profile)
         return plan(snakemake_command(workdir if workdir.exists() else tmp, config=config, **call) + [*options])
 
-def _results(runs: list[Run]) -> list[str]:  # the result files of experiments
-    return [f"{run.notebook[10:-6]}/result.json" for run in runs if run.rule in catalogue()["experiments"]]
-
 def _list_runs(profile: dict, workdir: Path, cores: int, **call) -> int:
     "Print the plan; exit status."
     runs = _plan_for(profile, workdir, cores=cores, **call)
@@ -330,21 +334,17 @@ def reproduce(
     "Run what is missing, draw the figures, and compare the claims."
     notebooks, data_dir = Path(notebooks or notebooks_folder()), data_dir or os.environ.get("UAT_REPRO_DATA_DIR")
     conf, targets = load_profile(profile, data_dir), [only] if isinstance(only, str) else list(only or [])
-    name = conf["profile"]
     for figure in targets: _check_figure(figure, conf)
-    workdir = Path(workdir or ("results" if name == "cpu" else f"results-{name}"))
-    call = dict(notebooks=notebooks, targets=targets, cores=cores, data_dir=data_dir, cluster=cluster,
-                gpu_runs=gpu_runs)
-    if targets: targets += _results(_plan_for(conf, workdir, "--forceall", **call))  # what is lost below others
-    if dry_run: return _list_runs(conf, workdir, **call)
-    if update: _plan_for(conf, workdir, **call)  # a plan that fails must not change the folder
+    workdir = Path(workdir or ("results" if conf["profile"] == "cpu" else f"results-{conf['profile']}"))
+    how: dict = dict(notebooks=notebooks, targets=targets, cores=cores, data_dir=data_dir, cluster=cluster,
+                     gpu_runs=gpu_runs)
+    needed = _plan_for(conf, workdir, "--forceall", **how) if targets else []  # what may be lost below others
+    targets += [f"{run.notebook[10:-6]}/result.json" for run in needed if run.rule in catalogue()["experiments"]]
+    if dry_run: return _list_runs(conf, workdir, **how)
+    if update: _plan_for(conf, workdir, **how)  # a plan that fails must not change the folder
     claim_folder(workdir, conf, update)
     with locked(workdir) as lock:
         for told in discard_altered(workdir, conf): print(f"{told}: its run is repeated", flush=True)
-        status = _make(conf, workdir, snakemake_command(workdir, **call), cores, lock)
-    claims, reference = workdir / "claims.json", notebooks.parent / "reference" / name / "claims.json"
-    if status or not claims.exists(): return status
-    from uat_repro.claims import compare_claims  # imports SciPy, which no run of Snakemake needs
-    if reference.exists(): print(f"\nThis run beside the reference:\n\n{compare_claims(claims, reference, label)}")
-    print(f"claims: {claims.with_suffix('.md')}   figures: {workdir / 'figures'}")
-    return 0
+        status = _make(conf, workdir, snakemake_command(workdir, **how), cores, lock)
+    if not status: _show_claims(workdir, notebooks.parent / "reference" / conf["profile"], label)
+    return status
