@@ -1,7 +1,7 @@
 """Weights of records, turns and tokens: from the data to the gradient, against formulas written out in a loop."""
 import json, math
 
-import pytest, torch
+import pandas as pd, pytest, torch
 import torch.distributed as dist
 from datasets import Dataset
 from torch.nn.parallel import DistributedDataParallel
@@ -9,7 +9,9 @@ from transformers import TrainingArguments
 
 from examples import PAIRS, flat_grad, logits_of, rows, tokenizer
 from test_training import InOrder, two_processes
+from uat_repro.cli import main
 from uat_repro.distillation import FrozenTeacher
+from uat_repro.heatmaps import heatmap_html
 from uat_repro.models import tiny_model
 from uat_repro.objective import PRESETS, Objective
 from uat_repro.records import load_records, record_id, to_messages
@@ -228,6 +230,19 @@ def test_bad_weights_are_refused_in_one_line_that_names_the_record(wrong):
     with pytest.raises(ValueError, match="record 'x7'.*weight"): collate([row | dict(loss_weights=[1.])])
     with pytest.raises(ValueError, match="record 'x7'.*weight"):
         encode(dict(id="x7", messages=chat(), token_weights=[1]), tokenizer)
+
+
+def test_scores_have_the_weights_where_some_differ_from_one(tmp_path):
+    for name, weight in dict(plain=1, heavy=2).items():
+        raw = [dict(question="1 + 1?", answer="2"), dict(question="2 + 2?", answer="4", weight=weight)]
+        (tmp_path/f"{name}.jsonl").write_text("\n".join(map(json.dumps, raw)))
+        assert not main(["score", f"{tmp_path}/{name}.jsonl", "--model", "tiny-llama", "--out", f"{tmp_path}/{name}"])
+    plain, heavy = (pd.read_parquet(tmp_path/name/"tokens.parquet") for name in ("plain", "heavy"))
+    assert heavy.groupby("record", sort=False)["weight"].agg(set).tolist() == [{1}, {2}]
+    assert heavy.drop(columns="weight").equals(plain)
+    shown = [(tmp_path/name/"tokens.html").read_text() for name in ("plain", "heavy")]
+    assert ['"weight": {' in page for page in shown] == [False, True]
+    assert ["weight 2" in heatmap_html(frame, "loss") for frame in (plain, heavy)] == [False, True]
 
 
 # ---- in the Trainers -----------------------------------------------------------------------------
