@@ -122,7 +122,7 @@ def encode_all(
     too_long: str = "error",  # error, drop or crop: the treatment of a response that exceeds `max_length`
     min_response: int = 0,  # records with fewer response tokens are left out
     left_out: Counter | None = None,  # is filled with the number of records for each reason
-) -> Dataset:  # columns `input_ids`, `labels`, `id`, `cluster`, and `loss_weights` where some differ from 1
+) -> Dataset:  # columns `input_ids`, `labels`, `id`, `cluster`; `loss_weights` and `source` where they differ
     "Encode records, leaving out those that can't be used; a `ValueError` if none is left."
     if too_long not in ("error", "drop", "crop"):
         raise ValueError(f"too_long={too_long!r} is unknown: it is one of error, drop, crop")
@@ -136,7 +136,7 @@ def encode_all(
         if sum(label != -100 for label in row["labels"]) < min_response:
             skipped[f"with fewer than {min_response} response tokens"] += 1
             continue
-        rows.append(row | dict(cluster=str(record.get("cluster", row["id"]))))
+        rows.append(row | dict(cluster=str(record.get("cluster", row["id"])), source=str(record.get("source", ""))))
         partial += not whole
     reasons = "; ".join(f"{n} {reason}" for reason, n in skipped.items())
     if not rows: raise NoRecords(f"none of {len(records)} records can be used: {reasons or 'give at least one'}")
@@ -144,7 +144,8 @@ def encode_all(
     if skipped: _log.warning("left out %d of %d records: %s", skipped.total(), len(records), reasons)
     if partial: _log.warning("%d of %d records: only the last answer is trained, as the chat template writes earlier "
                              "answers in another way than last ones", partial, len(rows))
-    return Dataset.from_list(_complete(rows))
+    encoded = Dataset.from_list(_complete(rows))
+    return encoded if len(encoded.unique("source")) > 1 else encoded.remove_columns("source")
 
 # %% ../nbs/api/01_tokens.ipynb #01-tokens-21
 def _per_token(row: dict, name: str) -> bool:
@@ -163,8 +164,8 @@ class Collator:
         self.pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     def __call__(
         self,
-        rows: Sequence[dict],  # with `labels`, with `input_ids` or `inputs_embeds` (T, H), and perhaps `id`
-    ) -> dict:  # tensors (B, T) and (B, T, H), `attention_mask` (B, T), and `id`: list of str
+        rows: Sequence[dict],  # with `labels`, with `input_ids` or `inputs_embeds` (T, H), perhaps `id` and `source`
+    ) -> dict:  # tensors (B, T) and (B, T, H), `attention_mask` (B, T), and `id`, `source`: lists of str
         fill, rows = dict(input_ids=self.pad, labels=-100), _complete(rows)
         own = "attention_mask", "loss_weights"
         names = [name for name in rows[0] if name not in own and _per_token(rows[0], name)]
@@ -174,7 +175,7 @@ class Collator:
                  for name, values in per_token.items()}
         lengths = torch.tensor([len(values) for values in per_token[names[0]]])  # (B,)
         batch["attention_mask"] = (torch.arange(lengths.max()) < lengths[:, None]).long()
-        return batch | (dict(id=[str(row["id"]) for row in rows]) if "id" in rows[0] else {})
+        return batch | {name: [str(row[name]) for row in rows] for name in ("id", "source") if name in rows[0]}
 
 # %% ../nbs/api/01_tokens.ipynb #01-tokens-25
 def _batches(lengths: Sequence[int], batch_size: int, window: int, rng: np.random.Generator) -> list[list[int]]:
