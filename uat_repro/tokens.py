@@ -13,6 +13,7 @@ import logging, re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import inf
 
 import numpy as np, pandas as pd, torch
@@ -147,7 +148,7 @@ def encode_all(
     encoded = Dataset.from_list(_complete(rows))
     return encoded if len(encoded.unique("source")) > 1 else encoded.remove_columns("source")
 
-# %% ../nbs/api/01_tokens.ipynb #01-tokens-21
+# %% ../nbs/api/01_tokens.ipynb #01-tokens-21a
 def _per_token(row: dict, name: str) -> bool:
     "Whether a column has one value for each token."
     return not isinstance(row[name], str) and hasattr(row[name], "__len__") and len(row[name]) == len(row["labels"])
@@ -158,15 +159,29 @@ def _weights_of(row: dict) -> Tensor:
     except ValueError as e: raise ValueError(f"record {row.get('id')!r}: {e}") from None
     return torch.as_tensor(row["loss_weights"], dtype=torch.float32)
 
+def _documents(row: dict) -> list[dict]:
+    "The documents of a packed row, or the row itself."
+    if "seq_lengths" not in row: return [row]
+    ends = [0, *accumulate(row["seq_lengths"])]
+    return [{name: row[name][i:j] for name in row if name != "seq_lengths"} for i, j in zip(ends, ends[1:])]
+
+def _in_one_row(batch: dict) -> dict:
+    "The documents of a padded batch one after the other, in a row whose positions start again at each."
+    real = batch.pop("attention_mask").bool()  # (B, T)
+    row = {name: values[real][None] for name, values in batch.items()}  # (1, N)
+    return row | dict(position_ids=(real.cumsum(1) - 1)[real][None])
+
+# %% ../nbs/api/01_tokens.ipynb #01-tokens-21
 class Collator:
-    "Rows to a batch: padded on the right, with the attention mask given by the lengths."
+    "Rows to a batch: padded on the right, with the attention mask given by the lengths; packed rows stay in one row."
     def __init__(self, tokenizer):  # pads with its padding id, or else its end of sequence; masks never depend on them
         self.pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     def __call__(
         self,
         rows: Sequence[dict],  # with `labels`, with `input_ids` or `inputs_embeds` (T, H), perhaps `id` and `source`
-    ) -> dict:  # tensors (B, T) and (B, T, H), `attention_mask` (B, T), and `id`, `source`: lists of str
-        fill, rows = dict(input_ids=self.pad, labels=-100), _complete(rows)
+    ) -> dict:  # tensors (B, T) or (B, T, H), `attention_mask` or if packed `position_ids`, and lists `id`, `source`
+        packed, rows = "seq_lengths" in rows[0], _complete([part for row in rows for part in _documents(row)])
+        fill = dict(input_ids=self.pad, labels=-100)
         own = "attention_mask", "loss_weights"
         names = [name for name in rows[0] if name not in own and _per_token(rows[0], name)]
         per_token = {name: [torch.as_tensor(row[name]) for row in rows] for name in names}
@@ -175,6 +190,7 @@ class Collator:
                  for name, values in per_token.items()}
         lengths = torch.tensor([len(values) for values in per_token[names[0]]])  # (B,)
         batch["attention_mask"] = (torch.arange(lengths.max()) < lengths[:, None]).long()
+        if packed: return _in_one_row(batch)
         return batch | {name: [str(row[name]) for row in rows] for name in ("id", "source") if name in rows[0]}
 
 # %% ../nbs/api/01_tokens.ipynb #01-tokens-25

@@ -153,6 +153,7 @@ def _lengths(dataset: Sequence) -> list[int]:
 class _Counting(_Logging):
     "For a Trainer: it counts the tokens of a step before its first forward."
     objective: Objective
+    weighted: bool  # the rows have weights
 
     def _get_train_sampler(self, train_dataset=None):
         lengths = _lengths(self.train_dataset if train_dataset is None else train_dataset)
@@ -161,6 +162,9 @@ class _Counting(_Logging):
     def _get_num_items_in_batch(self, batch_samples: list, device) -> Tensor | None:
         "(2,) tokens to train on and to distil, in all micro-batches of a step and on all devices."
         if not batch_samples: return None
+        if self.weighted and "loss_weights" not in batch_samples[0]:
+            raise ValueError("the rows have loss_weights, and the data_collator drops them: pass "
+                             "data_collator=Collator(tokenizer), or leave the column out")
         return self.accelerator.reduce(sum(self.objective.counts(b) for b in batch_samples).to(device), "sum")
 
 # %% ../nbs/api/09_training.ipynb #09-training-24
@@ -245,6 +249,7 @@ class ObjectiveMixin(_Resuming):
         super().__init__(model, args, **self._complete(args, kwargs))
         _check_devices(self.args.n_gpu)
         self.sources = _sources(self.train_dataset)
+        self.weighted = "loss_weights" in (getattr(self.train_dataset, "column_names", None) or ())
         if token_log is not None: self.add_callback(token_log)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
