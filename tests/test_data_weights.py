@@ -1,19 +1,22 @@
 """Weights of records, turns and tokens: from the data to the gradient, against formulas written out in a loop."""
 import json, math
 
-import pytest, torch
+import pandas as pd, pytest, torch
 import torch.distributed as dist
 from datasets import Dataset
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainingArguments
+from transformers import DataCollatorWithFlattening, TrainingArguments
 
 from examples import PAIRS, flat_grad, logits_of, rows, tokenizer
 from test_training import InOrder, two_processes
+from uat_repro.cli import main
 from uat_repro.distillation import FrozenTeacher
+from uat_repro.heatmaps import heatmap_html
 from uat_repro.models import tiny_model
 from uat_repro.objective import PRESETS, Objective
 from uat_repro.records import load_records, record_id, to_messages
 from uat_repro.tokens import Collator, encode, encode_all
+from uat_repro.training import UncertaintyAwareTrainer
 
 collate = Collator(tokenizer)
 
@@ -230,6 +233,19 @@ def test_bad_weights_are_refused_in_one_line_that_names_the_record(wrong):
         encode(dict(id="x7", messages=chat(), token_weights=[1]), tokenizer)
 
 
+def test_scores_have_the_weights_where_some_differ_from_one(tmp_path):
+    for name, weight in dict(plain=1, heavy=2).items():
+        raw = [dict(question="1 + 1?", answer="2"), dict(question="2 + 2?", answer="4", weight=weight)]
+        (tmp_path/f"{name}.jsonl").write_text("\n".join(map(json.dumps, raw)))
+        assert not main(["score", f"{tmp_path}/{name}.jsonl", "--model", "tiny-llama", "--out", f"{tmp_path}/{name}"])
+    plain, heavy = (pd.read_parquet(tmp_path/name/"tokens.parquet") for name in ("plain", "heavy"))
+    assert heavy.groupby("record", sort=False)["weight"].agg(set).tolist() == [{1}, {2}]
+    assert heavy.drop(columns="weight").equals(plain)
+    shown = [(tmp_path/name/"tokens.html").read_text() for name in ("plain", "heavy")]
+    assert ['"weight": {' in page for page in shown] == [False, True]
+    assert ["weight 2" in heatmap_html(frame, "loss") for frame in (plain, heavy)] == [False, True]
+
+
 # ---- in the Trainers -----------------------------------------------------------------------------
 
 def arguments(folder, **changes):
@@ -275,7 +291,35 @@ def test_trl_takes_them_with_our_collator_and_refuses_to_lose_them(tmp_path):
                                           data_collator=collator)
     expected = gradient(Objective.preset("mle"), weighted(), [6])
     torch.testing.assert_close(change(trainer(collate)), expected, atol=1e-5, rtol=1e-3)
-    raw = Dataset.from_list([dict(messages=chat(), weight=2.)])
+    raw = dict(messages=chat(), weight=2.), dict(messages=chat(), token_weights=[2.]), dict(messages=chat(weight=2.))
     for attempt in (lambda: trainer(), lambda: trainer(collate, packing=True, max_length=64),
-                    lambda: trainer(rows=raw)):
+                    *(lambda record=record: trainer(rows=Dataset.from_list([record])) for record in raw)):
         with pytest.raises(ValueError, match="TRL does not read weights"): attempt()
+    with pytest.raises(ValueError, match="data_collator drops them"):
+        trainer(DataCollatorWithFlattening()).train()
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])
+@pytest.mark.parametrize("o", [Objective(), *BY_SEQUENCE, Objective.preset("document_masked_mle", keep=.5)], ids=str)
+def test_what_trl_packs_has_the_gradient_of_padded_rows(o, strategy):
+    "No document is longer than a row, so none is cut."
+    trl = pytest.importorskip("trl", reason="TRL is an optional companion: pip install trl")
+    data = Dataset.from_list(weighted()).select_columns(["input_ids", "labels", "loss_weights"])
+    packed = trl.pack_dataset(data, 80, strategy)
+    assert 1 < len(packed) < len(data)
+    torch.testing.assert_close(gradient(o, packed, [len(packed)]), gradient(o, weighted(), [6]), atol=1e-6, rtol=1e-4)
+    if o in BY_SEQUENCE:  # no document competes with another, so it does not matter which row is in which micro-batch
+        torch.testing.assert_close(gradient(o, packed, [1] * len(packed)), gradient(o, weighted(), [6]),
+                                   atol=1e-6, rtol=1e-4)
+
+
+def test_both_trainers_take_packed_rows_with_weights(tmp_path):
+    trl = pytest.importorskip("trl", reason="TRL is an optional companion: pip install trl")
+    from uat_repro.sft import UncertaintyAwareSFTTrainer
+    packed = trl.pack_dataset(Dataset.from_list(weighted()).select_columns(["input_ids", "labels", "loss_weights"]), 80)
+    for kind, config in ((UncertaintyAwareTrainer, TrainingArguments), (UncertaintyAwareSFTTrainer, trl.SFTConfig)):
+        args = config(**arguments(tmp_path, gradient_accumulation_steps=2, per_device_train_batch_size=1, bf16=False))
+        trainer = kind(tiny_model(), args, "mle", train_dataset=packed, processing_class=tokenizer,
+                       data_collator=collate)
+        torch.testing.assert_close(change(trainer), gradient(Objective.preset("mle"), weighted(), [6]),
+                                   atol=1e-5, rtol=1e-3)

@@ -114,6 +114,17 @@ def test_search_score_order_and_threshold(tmp_path):
 
 
 @needs_chromium
+def test_weights_of_the_data_have_no_unit(tmp_path):
+    frame = tokens("a", ["x", "one", " two"]).assign(weight=[math.nan, 1., .5])
+    found, _ = run(token_page(frame, "Weighted"), PRESS + """
+        document.querySelector("[role=listbox]").focus(); press("End"); found.detail = $("detail").textContent;
+        set("score", "weight"); set("minimum", 200); found.floor = $("floor").value;
+        found.label = $("token-0-2").ariaLabel; found.high = $("high").textContent""", tmp_path)
+    assert found.pop("detail").endswith("loss 2.00 natsepistemic 0.00200 natsweight 0.500")
+    assert found == dict(floor="0.990", label=" two 0.500", high="≥ 0.99")
+
+
+@needs_chromium
 def test_a_log_has_a_slider_over_its_steps(tmp_path):
     frame = pd.concat([tokens("a", ["x", "late"], step=100), tokens("a", ["x", "early"], step=0)])
     found, _ = run(token_page(frame, "A log"), PRESS + """

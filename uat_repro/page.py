@@ -35,7 +35,8 @@ _MEANINGS = dict(
     total="entropy of the mean of the dropout samples: aleatoric + epistemic",
     aleatoric="what the samples agree on: the text is open here",
     epistemic="what the samples disagree on: something is left to learn",
-    mean_loss="loss of the mean of the dropout samples")
+    mean_loss="loss of the mean of the dropout samples",
+    weight="how much the data says that the token counts")
 
 def _page_data(tokens: pd.DataFrame, title: str, by: str) -> dict:
     "All that the script of the page reads."

@@ -8,6 +8,8 @@ Docs: https://uat-repro.github.io/uat-repro/api/sft.html.md"""
 __all__ = ['UncertaintyAwareSFTTrainer']
 
 # %% ../nbs/api/09a_sft.ipynb #09a-sft-03
+import re
+
 from trl import SFTConfig, SFTTrainer
 
 from .training import ObjectiveMixin
@@ -28,8 +30,9 @@ class UncertaintyAwareSFTTrainer(ObjectiveMixin, SFTTrainer):
         if self.token_log is not None and given.get("data_collator") is None:
             raise ValueError("a token log names records, and TRL's batches have no ids: pass "
                              "data_collator=Collator(tokenizer) and rows of encode_all, without packing")
-        weights = {"weight", "loss_weights"} & {*(getattr(given.get("train_dataset"), "column_names", None) or ())}
+        fields = str(getattr(given.get("train_dataset"), "features", None))  # those of turns as well
+        weights = re.findall(r"'(weight|token_weights|loss_weights)'", fields)
         if weights and (args.packing or given.get("data_collator") is None):
-            raise ValueError(f"TRL does not read weights, and the data set has {', '.join(weights)}: pass rows of "
-                             "encode_all and data_collator=Collator(tokenizer), without packing; or leave them out")
+            raise ValueError(f"TRL does not read weights, and the data set has {weights[0]}: leave them out, or pass "
+                             "rows of encode_all, packed by trl.pack_dataset or not, and a Collator(tokenizer)")
         return given

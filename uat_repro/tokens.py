@@ -13,6 +13,7 @@ import logging, re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import inf
 
 import numpy as np, pandas as pd, torch
@@ -122,7 +123,7 @@ def encode_all(
     too_long: str = "error",  # error, drop or crop: the treatment of a response that exceeds `max_length`
     min_response: int = 0,  # records with fewer response tokens are left out
     left_out: Counter | None = None,  # is filled with the number of records for each reason
-) -> Dataset:  # columns `input_ids`, `labels`, `id`, `cluster`, and `loss_weights` where some differ from 1
+) -> Dataset:  # columns `input_ids`, `labels`, `id`, `cluster`; `loss_weights` and `source` where they differ
     "Encode records, leaving out those that can't be used; a `ValueError` if none is left."
     if too_long not in ("error", "drop", "crop"):
         raise ValueError(f"too_long={too_long!r} is unknown: it is one of error, drop, crop")
@@ -136,7 +137,7 @@ def encode_all(
         if sum(label != -100 for label in row["labels"]) < min_response:
             skipped[f"with fewer than {min_response} response tokens"] += 1
             continue
-        rows.append(row | dict(cluster=str(record.get("cluster", row["id"]))))
+        rows.append(row | dict(cluster=str(record.get("cluster", row["id"])), source=str(record.get("source", ""))))
         partial += not whole
     reasons = "; ".join(f"{n} {reason}" for reason, n in skipped.items())
     if not rows: raise NoRecords(f"none of {len(records)} records can be used: {reasons or 'give at least one'}")
@@ -144,9 +145,10 @@ def encode_all(
     if skipped: _log.warning("left out %d of %d records: %s", skipped.total(), len(records), reasons)
     if partial: _log.warning("%d of %d records: only the last answer is trained, as the chat template writes earlier "
                              "answers in another way than last ones", partial, len(rows))
-    return Dataset.from_list(_complete(rows))
+    encoded = Dataset.from_list(_complete(rows))
+    return encoded if len(encoded.unique("source")) > 1 else encoded.remove_columns("source")
 
-# %% ../nbs/api/01_tokens.ipynb #01-tokens-21
+# %% ../nbs/api/01_tokens.ipynb #01-tokens-21a
 def _per_token(row: dict, name: str) -> bool:
     "Whether a column has one value for each token."
     return not isinstance(row[name], str) and hasattr(row[name], "__len__") and len(row[name]) == len(row["labels"])
@@ -157,15 +159,29 @@ def _weights_of(row: dict) -> Tensor:
     except ValueError as e: raise ValueError(f"record {row.get('id')!r}: {e}") from None
     return torch.as_tensor(row["loss_weights"], dtype=torch.float32)
 
+def _documents(row: dict) -> list[dict]:
+    "The documents of a packed row, or the row itself."
+    if "seq_lengths" not in row: return [row]
+    ends = [0, *accumulate(row["seq_lengths"])]
+    return [{name: row[name][i:j] for name in row if name != "seq_lengths"} for i, j in zip(ends, ends[1:])]
+
+def _in_one_row(batch: dict) -> dict:
+    "The documents of a padded batch one after the other, in a row whose positions start again at each."
+    real = batch.pop("attention_mask").bool()  # (B, T)
+    row = {name: values[real][None] for name, values in batch.items()}  # (1, N)
+    return row | dict(position_ids=(real.cumsum(1) - 1)[real][None])
+
+# %% ../nbs/api/01_tokens.ipynb #01-tokens-21
 class Collator:
-    "Rows to a batch: padded on the right, with the attention mask given by the lengths."
+    "Rows to a batch: padded on the right, with the attention mask given by the lengths; packed rows stay in one row."
     def __init__(self, tokenizer):  # pads with its padding id, or else its end of sequence; masks never depend on them
         self.pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     def __call__(
         self,
-        rows: Sequence[dict],  # with `labels`, with `input_ids` or `inputs_embeds` (T, H), and perhaps `id`
-    ) -> dict:  # tensors (B, T) and (B, T, H), `attention_mask` (B, T), and `id`: list of str
-        fill, rows = dict(input_ids=self.pad, labels=-100), _complete(rows)
+        rows: Sequence[dict],  # with `labels`, with `input_ids` or `inputs_embeds` (T, H), perhaps `id` and `source`
+    ) -> dict:  # tensors (B, T) or (B, T, H), `attention_mask` or if packed `position_ids`, and lists `id`, `source`
+        packed, rows = "seq_lengths" in rows[0], _complete([part for row in rows for part in _documents(row)])
+        fill = dict(input_ids=self.pad, labels=-100)
         own = "attention_mask", "loss_weights"
         names = [name for name in rows[0] if name not in own and _per_token(rows[0], name)]
         per_token = {name: [torch.as_tensor(row[name]) for row in rows] for name in names}
@@ -174,7 +190,8 @@ class Collator:
                  for name, values in per_token.items()}
         lengths = torch.tensor([len(values) for values in per_token[names[0]]])  # (B,)
         batch["attention_mask"] = (torch.arange(lengths.max()) < lengths[:, None]).long()
-        return batch | (dict(id=[str(row["id"]) for row in rows]) if "id" in rows[0] else {})
+        if packed: return _in_one_row(batch)
+        return batch | {name: [str(row[name]) for row in rows] for name in ("id", "source") if name in rows[0]}
 
 # %% ../nbs/api/01_tokens.ipynb #01-tokens-25
 def _batches(lengths: Sequence[int], batch_size: int, window: int, rng: np.random.Generator) -> list[list[int]]:

@@ -8,13 +8,14 @@ Docs: https://uat-repro.github.io/uat-repro/api/training.html.md"""
 __all__ = ['TokenLog', 'ObjectiveMixin', 'UncertaintyAwareTrainer', 'AtSteps', 'train_in_memory']
 
 # %% ../nbs/api/09_training.ipynb #09-training-03
-import json, math, os, tempfile, time
+import json, logging, math, os, tempfile, time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 import torch
 import torch.distributed as dist
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -22,6 +23,8 @@ from .distillation import Teacher
 from .models import use_bf16
 from .objective import Objective, ObjectiveOutput
 from .tokens import Collator, LengthSampler, lay_out, token_frame
+
+_log = logging.getLogger(__name__)
 
 # %% ../nbs/api/09_training.ipynb #09-training-07
 _SUMS = ("mle", "trained", "distill", "distilled", "selected", "entropy", "correct", "valid", "tokens")
@@ -47,10 +50,37 @@ def _means(sums: Tensor, seconds: float) -> dict[str, float]:
                 selected_fraction=share("selected", "valid"), entropy=share("entropy", "valid"),
                 accuracy=share("correct", "valid"), tokens_per_second=s["tokens"] / seconds)
 
+# %% ../nbs/api/09_training.ipynb #09-training-57
+def _sources(
+    dataset,  # rows to train on, of any kind
+    most: int = 20,  # sources that a log can show
+) -> list[str]:  # in the order of the alphabet; none where there is one, or too many
+    "The sources that the log tells apart."
+    known = isinstance(dataset, Dataset) and "source" in dataset.column_names
+    found = sorted({*map(str, dataset.unique("source"))}) if known else []
+    if len(found) > most: _log.warning("%d sources are too many for the log, which shows %d at most", len(found), most)
+    return found if 1 < len(found) <= most else []
+
+def _by_source(sources: list[str], out: ObjectiveOutput, batch) -> Tensor:
+    "(S, 3) of each source in one micro-batch: the sum of its losses, how many tokens are right, and of how many."
+    layout = lay_out(batch)
+    parts = torch.stack([x[layout.valid].double() for x in (out.token_loss, out.token_correct, layout.valid)], 1)
+    sums = parts.new_zeros(len(sources), 3)
+    if "source" not in batch: return sums  # another collator's
+    numbers = torch.tensor([sources.index(name) for name in batch["source"]], device=sums.device)  # of each document
+    return sums.index_add(0, numbers[layout.documents], parts)
+
+def _means_by_source(sources: list[str], sums: Tensor) -> dict[str, float]:
+    "What the log shows of the sums (S, 3) of sources: nothing of one that has had no tokens."
+    means = {}
+    for name, (loss, correct, tokens) in zip(sources, sums.tolist()):
+        if tokens: means |= {f"loss/{name}": loss / tokens, f"accuracy/{name}": correct / tokens}
+    return means
+
 # %% ../nbs/api/09_training.ipynb #09-training-11
 class _Logging:
     "For a Trainer: the parts of the objective in its log."
-    _seen, _busy = None, 0.0
+    _seen, _busy, sources = None, 0.0, []
 
     def training_step(self, *args, **kwargs):
         start = time.perf_counter()
@@ -60,12 +90,14 @@ class _Logging:
 
     def _observe(self, o: Objective, out: ObjectiveOutput, batch) -> None:
         sums = _sums(o, out, batch)
+        if self.sources: sums = torch.cat([sums, _by_source(self.sources, out, batch).flatten()])
         self._seen = sums if self._seen is None else self._seen + sums
 
     def log(self, logs: dict, *args, **kwargs) -> None:
         "Add the means since the last line of the training log."
         if "loss" in logs and self._seen is not None:
-            logs |= _means(self.accelerator.reduce(self._seen, "sum"), self._busy)
+            sums = self.accelerator.reduce(self._seen, "sum")
+            logs |= _means(sums, self._busy) | _means_by_source(self.sources, sums[len(_SUMS):].view(-1, 3))
             self._seen, self._busy = None, 0.0
         super().log(logs, *args, **kwargs)
 
@@ -122,6 +154,7 @@ def _lengths(dataset) -> list[int]:
 class _Counting(_Logging):
     "For a Trainer: it counts the tokens of a step before its first forward."
     objective: Objective
+    weighted: bool  # the rows have weights
 
     def _get_train_sampler(self, train_dataset=None):
         lengths = _lengths(self.train_dataset if train_dataset is None else train_dataset)
@@ -130,6 +163,9 @@ class _Counting(_Logging):
     def _get_num_items_in_batch(self, batch_samples: list, device) -> Tensor | None:
         "(2,) tokens to train on and to distil, in all micro-batches of a step and on all devices."
         if not batch_samples: return None
+        if self.weighted and "loss_weights" not in batch_samples[0]:
+            raise ValueError("the rows have loss_weights, and the data_collator drops them: pass "
+                             "data_collator=Collator(tokenizer), or leave the column out")
         return self.accelerator.reduce(sum(self.objective.counts(b) for b in batch_samples).to(device), "sum")
 
 # %% ../nbs/api/09_training.ipynb #09-training-24
@@ -213,6 +249,8 @@ class ObjectiveMixin(_Resuming):
         args.remove_unused_columns = False
         super().__init__(model, args, **self._complete(args, kwargs))
         _check_devices(self.args.n_gpu)
+        self.sources = _sources(self.train_dataset)
+        self.weighted = "loss_weights" in (getattr(self.train_dataset, "column_names", None) or ())
         if token_log is not None: self.add_callback(token_log)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

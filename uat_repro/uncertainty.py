@@ -249,7 +249,8 @@ SCORES: tuple[str, ...] = ("loss", "entropy", "total", "aleatoric", "epistemic",
 def _score_batch(model: nn.Module, tokenizer, batch: Mapping, posterior) -> pd.DataFrame:
     "The scores of one batch, a row for each response token."
     found = posterior(model, send_to_device(batch, model.device))
-    return token_frame(batch, tokenizer, **{name: getattr(found, name) for name in SCORES})
+    weights = dict(weight=batch["loss_weights"]) if "loss_weights" in batch else {}
+    return token_frame(batch, tokenizer, **{name: getattr(found, name) for name in SCORES}, **weights)
 
 # %% ../nbs/api/05_uncertainty.ipynb #05-uncertainty-60
 def score_tokens(
@@ -258,7 +259,7 @@ def score_tokens(
     rows: Dataset,  # encoded records, from `encode_all`
     posterior: MCDropout | Ensemble | None = None,  # source of the samples; `MCDropout()` if None
     batch_size: int = 4,  # records at once
-) -> pd.DataFrame:  # record, position, token, and `SCORES` in nats
+) -> pd.DataFrame:  # record, position, token, `SCORES` in nats, and `weight` where some differ from 1
     "All scores of every response token, in the order of the records."
     collate, parts = Collator(tokenizer), []
     batches = LengthSampler([len(ids) for ids in rows["input_ids"]], batch_size).batches()
@@ -268,4 +269,5 @@ def score_tokens(
             parts.append(_score_batch(model, tokenizer, batch, posterior or MCDropout()))
             bar.update(len(indices))
     order = {record: i for i, record in enumerate(rows["id"])}
-    return pd.concat(parts).sort_values("record", key=lambda r: r.map(order), kind="stable", ignore_index=True)
+    tokens = pd.concat(parts).sort_values("record", key=lambda r: r.map(order), kind="stable", ignore_index=True)
+    return tokens.drop(columns="weight") if "weight" in tokens and tokens["weight"].eq(1).all() else tokens
