@@ -99,7 +99,7 @@ def _check_machine(folder: str | Path = ".") -> list[Finding]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     disk, elsewhere = shutil.disk_usage(folder).free / 1e9, "give a --workdir on another disk"
     return [told("GPU", bool(gpu), gpu or "none", "the gpu and paper profiles need one, cpu and smoke do not"),
-            told("GPU memory", size > 70, f"{size:.0f} GB", "the paper profile needs 70 GB, the gpu profile 20"),
+            told("GPU memory", size > 78, f"{size:.0f} GB", "the paper profile needs 80 GB, the gpu profile 20"),
             told("memory", memory > 6, f"{memory:.0f} GB", "the cpu profile needs 6 GB; use --cores 1"),
             told("disk", disk > 5, f"{disk:.0f} GB free", f"the cpu profile needs 5 GB; {elsewhere}"),
             told("processors", True, f"{os.cpu_count()}")]
@@ -132,13 +132,15 @@ def findings(data_dir: Path | None, timeout: float) -> list[Finding]:
 # %% ../nbs/api/18a_doctor.ipynb #18a-doctor-18
 def _needs(name: str) -> set[tuple[str, str]]:
     "Kind and name of what a profile needs, packages aside; nothing where those are missing that read profiles."
-    try: from uat_repro.workflow import load_profile
+    try:
+        from uat_repro._gpu import on_gpu
+        from uat_repro.workflow import load_profile
     except ImportError: return set()
     profile, remote = load_profile(name), [("hub", repository) for repository in _repositories(name)]
     specs = [m["spec"] for m in profile["models"].values()]
     if remote: remote += [("hub", "hub"), ("machine", "GPU memory")]
-    gpu = {("machine", "GPU") for s in profile.values() if isinstance(s, dict) and s.get("resources", {}).get("gpu")}
-    return {*(("weights", s) for s in specs), *(("data", d) for d in profile["datasets"]), *remote, *gpu}
+    if on_gpu(profile): remote.append(("machine", "GPU"))
+    return {*(("weights", s) for s in specs), *(("data", d) for d in profile["datasets"]), *remote}
 
 def runnable(found: list[Finding]) -> dict[str, list[str]]:
     "What each profile lacks here; nothing where it can run."
