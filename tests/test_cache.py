@@ -3,6 +3,8 @@ import json
 
 import pytest, torch
 from safetensors.torch import load_file, save_file
+from torch.nn.utils.rnn import pad_sequence
+from torch.overrides import TorchFunctionMode
 
 from uat_repro import cache
 from uat_repro.cache import PART, HiddenCache, compute_states
@@ -83,3 +85,39 @@ def test_a_file_says_what_it_is(tmp_path):
     lengths = json.loads((tmp_path/"index.json").read_text())["lengths"]
     with safe_open(tmp_path/PART.format(0), "pt") as f: label = json.loads(f.metadata()["label"])
     assert label["identity"] == built.key and 40 <= int(label["rows"]) < sum(lengths)
+
+
+def padded(rows, device="cpu"):
+    ids = pad_sequence([torch.tensor(row["input_ids"]) for row in rows], batch_first=True)
+    mask = pad_sequence([torch.ones(len(row["input_ids"]), dtype=torch.long) for row in rows], batch_first=True)
+    return dict(input_ids=ids.to(device), attention_mask=mask.to(device))
+
+
+class PretendedGpu(TorchFunctionMode):
+    "Tensors say that they are on a GPU; which are pinned, and which copies the program waits for, is written down."
+    def __init__(self):
+        super().__init__()
+        self.pinned, self.waits = set(), {}  # addresses of tensors
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func == torch.Tensor.is_cuda.__get__: return True
+        pinned = kwargs.pop("pin_memory", False)
+        result = func(*args, **kwargs)
+        if pinned: self.pinned.add(result.data_ptr())
+        if func is torch.Tensor.to: self.waits[args[0].data_ptr()] = not kwargs.get("non_blocking", False)
+        return result
+
+
+def test_states_leave_for_a_gpu_from_pinned_memory_and_nobody_waits(tmp_path):
+    found = HiddenCache.build(tiny_model(), ROWS, tmp_path)
+    with PretendedGpu() as gpu: states = found.states_of(padded(ROWS))
+    assert gpu.pinned == {states.data_ptr()} and gpu.waits[states.data_ptr()] is False
+    assert torch.equal(states, found.states_of(padded(ROWS)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_states_arrive_on_a_gpu_as_they_are(tmp_path):
+    found = HiddenCache.build(tiny_model(), ROWS, tmp_path)
+    states = found.states_of(padded(ROWS, "cuda"))
+    assert states.is_cuda and torch.equal(states.cpu(), found.states_of(padded(ROWS)))

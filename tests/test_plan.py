@@ -1,5 +1,5 @@
 "The plan of a profile: its model of memory against the bytes that PyTorch allocates, and what it says."
-import json
+import gc, json
 from pathlib import Path
 
 import pytest, torch
@@ -22,6 +22,7 @@ LENGTH = 64
 
 def allocated(train) -> int:
     "The most bytes that PyTorch had allocated at once on the CPU for tensors that `train` makes."
+    gc.collect()  # files of weights that were mapped before and are given back meanwhile would count as negative
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: train()
     events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).cumsum(0)
@@ -84,7 +85,7 @@ def test_steps_on_subsets_take_no_more_than_is_planned(tmp_path, monkeypatch):
                                  batch_size=2, micro_batch=1, epochs=1, distances=[.5], seeds=[0], samples=4))
     expected = training_bytes(size, 400, True, slice_logits=SLICE_LOGITS) + 4 * size.trained
     print(f"expected {expected / 1e6:.1f} MB, allocated {found / 1e6:.1f} MB, ratio {expected / found:.3f}")
-    assert found < expected < 1.25 * found
+    assert found < expected < 1.15 * found
 
 
 def test_a_model_that_is_not_known_here_is_said_to_be(tmp_path):

@@ -189,6 +189,21 @@ def test_paper_asks_for_a_gpu_for_every_experiment():
     assert all(paper[e]["resources"]["gpu"] == 1 and paper[e]["seconds"] > 0 for e in EXPERIMENTS if e in paper)
 
 
+@pytest.mark.parametrize("needs, together", [(400, True), (600, False)])
+def test_runs_share_a_gpu_while_their_memory_fits(nbs, profile, tmp_path, needs, together):
+    took = "began = time.time()\\ntime.sleep(6)\\nPath(out, 'result.json').write_text(str([began, time.time()]))"
+    edit(nbs / "experiments" / "prepare.ipynb", "from pathlib import Path", "import time\\nfrom pathlib import Path")
+    edit(nbs / "experiments" / "prepare.ipynb", ".write_text('[]')", f".write_text('[]')\\n{took}")
+    work = tmp_path / "results"
+    claim_folder(work, load_profile(profile(datasets=dict(sharegpt={}, gsm_symbolic={}))))
+    command = snakemake_command(work, nbs, cores=2, gpu_runs=2, gpu_mb=(1000, {"tiny-llama": needs}))
+    where = [dict(model="tiny-llama", dataset=d) for d in ("sharegpt", "gsm_symbolic")]
+    targets = [f"{folder_of('prepare', place)}/result.json" for place in where]
+    subprocess.run([*command[:3], *targets, *command[3:]], check=True, capture_output=True)
+    (_, first), (second, _) = sorted(json.loads((work / t).read_text()) for t in targets)
+    assert (second < first) == together
+
+
 def test_slurm_configuration_parses(nbs, profile, tmp_path):
     work = tmp_path / "results"
     claim_folder(work, load_profile(profile()))

@@ -8,7 +8,7 @@ Docs: https://uat-repro.github.io/uat-repro/api/doctor.html.md"""
 __all__ = ['Finding', 'findings', 'runnable']
 
 # %% ../nbs/api/18a_doctor.ipynb #18a-doctor-03
-import os, re, shutil, urllib.request
+import os, re, shutil, urllib.error, urllib.request
 from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
@@ -53,6 +53,18 @@ def _check_hub(timeout: float, url: str = "https://huggingface.co/api/models?lim
     except OSError: return told(False, f"not reachable within {timeout:g} s", remedy)
     return told(True, "reachable")
 
+# %% ../nbs/api/18a_doctor.ipynb #18a-doctor-10e
+def _check_access(repository: str, timeout: float, hub: str = "https://huggingface.co") -> Finding:
+    "Whether this user may fetch a model of the hub."
+    from huggingface_hub import get_token
+    from uat_repro._weights import CONSENT
+    told, headers = partial(Finding, "hub", repository), {"Authorization": f"Bearer {t}"} if (t := get_token()) else {}
+    request = urllib.request.Request(f"{hub}/api/models/{repository}/auth-check", headers=headers)
+    try: urllib.request.urlopen(request, timeout=timeout).close()
+    except urllib.error.HTTPError as e: return told(False, f"refused ({e.code})", CONSENT.format(repository))
+    except OSError: return told(False, f"no answer within {timeout:g} s", "ask again")
+    return told(True, "may be fetched")
+
 # %% ../nbs/api/18a_doctor.ipynb #18a-doctor-10b
 def _check_weights(name: str, hub: bool) -> Finding:
     "Whether a model of `PACKAGED_WEIGHTS` can be loaded, where the hub is reachable or not."
@@ -78,17 +90,26 @@ def _check_data(name: str, data_dir: str | Path | None, hub: bool) -> Finding:
 
 # %% ../nbs/api/18a_doctor.ipynb #18a-doctor-14
 def _check_machine(folder: str | Path = ".") -> list[Finding]:
-    "GPU, memory, the disk of a folder, and processors."
-    told = partial(Finding, "machine")
+    "GPU and its memory, memory, the disk of a folder, and processors."
+    told, gpu, size = partial(Finding, "machine"), "", 0
     try: from torch import cuda
-    except ImportError: gpu = ""  # a finding of its own
-    else: gpu = cuda.get_device_name() if cuda.is_available() else ""
+    except ImportError: pass  # a finding of its own
+    else:
+        if cuda.is_available(): gpu, size = cuda.get_device_name(), cuda.get_device_properties(0).total_memory / 1e9
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     disk, elsewhere = shutil.disk_usage(folder).free / 1e9, "give a --workdir on another disk"
     return [told("GPU", bool(gpu), gpu or "none", "the gpu and paper profiles need one, cpu and smoke do not"),
+            told("GPU memory", size > 78, f"{size:.0f} GB", "the paper profile needs 80 GB, the gpu profile 20"),
             told("memory", memory > 6, f"{memory:.0f} GB", "the cpu profile needs 6 GB; use --cores 1"),
             told("disk", disk > 5, f"{disk:.0f} GB free", f"the cpu profile needs 5 GB; {elsewhere}"),
             told("processors", True, f"{os.cpu_count()}")]
+
+# %% ../nbs/api/18a_doctor.ipynb #18a-doctor-14b
+def _repositories(profile: str) -> list[str]:
+    "The models of a profile that the hub has."
+    from uat_repro.workflow import load_profile
+    specs = [m["spec"] for m in load_profile(profile)["models"].values()]
+    return [spec.partition("@")[0] for spec in specs if "/" in spec]
 
 def _importable(found: Finding) -> Finding:
     "What was found of a required package, or that its modules are gone."
@@ -101,22 +122,25 @@ def findings(data_dir: Path | None, timeout: float) -> list[Finding]:
     "Everything that `doctor` looks at."
     from uat_repro.records import NAMES
     needed = [_importable(_check_package(r)) for r in requires("uat_repro") or [] if "extra ==" not in r]
-    if not all(package.fine for package in needed): PACKAGED_WEIGHTS = {}  # to know them takes torch
-    else: from uat_repro._weights import PACKAGED_WEIGHTS
-    hub = _check_hub(timeout)
-    weights = [_check_weights(name, hub.fine) for name in PACKAGED_WEIGHTS]
-    return [*needed, *weights, hub, *(_check_data(n, data_dir, hub.fine) for n in NAMES), *_check_machine()]
+    hub, weights, access = _check_hub(timeout), [], []
+    if all(package.fine for package in needed):  # to know these takes torch
+        from uat_repro._weights import PACKAGED_WEIGHTS
+        weights = [_check_weights(name, hub.fine) for name in PACKAGED_WEIGHTS]
+        access = [_check_access(name, timeout) for name in _repositories("paper") if hub.fine]
+    return [*needed, *weights, hub, *access, *(_check_data(n, data_dir, hub.fine) for n in NAMES), *_check_machine()]
 
 # %% ../nbs/api/18a_doctor.ipynb #18a-doctor-18
 def _needs(name: str) -> set[tuple[str, str]]:
     "Kind and name of what a profile needs, packages aside; nothing where those are missing that read profiles."
-    try: from uat_repro.workflow import load_profile
+    try:
+        from uat_repro._gpu import on_gpu
+        from uat_repro.workflow import load_profile
     except ImportError: return set()
-    profile = load_profile(name)
+    profile, remote = load_profile(name), [("hub", repository) for repository in _repositories(name)]
     specs = [m["spec"] for m in profile["models"].values()]
-    remote = {("hub", "hub")} if any("/" in s for s in specs) else set()
-    gpu = {("machine", "GPU") for s in profile.values() if isinstance(s, dict) and s.get("resources", {}).get("gpu")}
-    return {*(("weights", s) for s in specs), *(("data", d) for d in profile["datasets"]), *remote, *gpu}
+    if remote: remote += [("hub", "hub"), ("machine", "GPU memory")]
+    if on_gpu(profile): remote.append(("machine", "GPU"))
+    return {*(("weights", s) for s in specs), *(("data", d) for d in profile["datasets"]), *remote}
 
 def runnable(found: list[Finding]) -> dict[str, list[str]]:
     "What each profile lacks here; nothing where it can run."

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from ._gpu import on_gpu
 from ._weights import PACKAGED_WEIGHTS, TINY, model_folder
 from .evaluation import role_of
 from .head import GPU_LOGITS
@@ -302,15 +303,13 @@ def _hours(profile: dict, grid: dict) -> str:
     return ", ".join(f"{k} {s / 3600:,.1f}" for k, s in kinds.items()) + f"; together {sum(kinds.values()) / 3600:,.0f}"
 
 # %% ../nbs/api/17c_plan.ipynb #17c-plan-41
-def _on_gpu(profile: dict) -> bool: return bool(profile.get("train", {}).get("resources", {}).get("gpu"))
-
 def plan_text(
     profile: str = "cpu",  # a profile of this package, or the path of a `.yaml` file
     data_dir: str | Path | None = None,  # folder of the user's own data
 ) -> str:  # a page of text
     "What a profile runs, and what it takes."
     conf = load_profile(profile, data_dir)
-    grid, gpu = _grid(conf), _on_gpu(conf)
+    grid, gpu = _grid(conf), on_gpu(conf)
     total = sum(n for n, _ in grid.values()), sum(s for _, s in grid.values())
     runs = [("runs", "", "expected"), *((e, str(n), about(s)) for e, (n, s) in [*grid.items(), ("together", total)])]
     lines = [f"profile {conf['profile']}", "", *_aligned(runs), "", *_aligned([*_models(conf, gpu)]), "",
@@ -333,7 +332,7 @@ def plan_numbers(
     def taken(model):
         if (work := work_of(conf, model)) is None: return None
         return dict(work._asdict(), parameters=_sizes_in(conf, model, LENGTH).parameters,
-                    peak_bytes=peak_bytes(conf, model, _on_gpu(conf)), cache_bytes=cache_bytes(conf, model))
+                    peak_bytes=peak_bytes(conf, model, on_gpu(conf)), cache_bytes=cache_bytes(conf, model))
     runs = {e: dict(runs=n, seconds=seconds) for e, (n, seconds) in _grid(conf).items()}
     models = {model: taken(model) for model in conf["models"]}
     return dict(profile=conf["profile"], disk_gb=conf["disk_gb"], runs=runs, models=models)

@@ -220,14 +220,16 @@ def _states_of(
     batch: Mapping,  # `input_ids` (B, T), padded with `attention_mask` or packed with `position_ids`
 ) -> Tensor:  # (B, T, H) on the device of the batch; 0 at padding
     "The states of every document of a batch. Raises for a document that is not in the cache."
-    ids = batch["input_ids"]
-    mask = batch.get("attention_mask", torch.ones_like(ids)).bool()  # (B, T)
-    numbers = document_numbers({**batch, "labels": ids})[mask]  # (N,)
+    device, gpu = batch["input_ids"].device, batch["input_ids"].is_cuda
+    here = {k: batch[k].cpu() for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
+    ids = here["input_ids"]
+    mask = here.get("attention_mask", torch.ones_like(ids)).bool()  # (B, T)
+    numbers = document_numbers({**here, "labels": ids})[mask]  # (N,)
     lengths = numbers.unique_consecutive(return_counts=True)[1].tolist()
-    states = torch.cat([self.find(tokens.tolist()) for tokens in ids[mask].split(lengths)]).to(ids.device)  # (N, H)
-    out = states.new_zeros(*mask.shape, states.shape[-1])
+    states = torch.cat([self.find(tokens.tolist()) for tokens in ids[mask].split(lengths)])  # (N, H)
+    out = states.new_zeros(*mask.shape, states.shape[-1], pin_memory=gpu)
     out[mask] = states
-    return out
+    return out.to(device, non_blocking=gpu)
 
 HiddenCache.states_of = _states_of
 

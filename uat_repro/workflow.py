@@ -21,6 +21,7 @@ from statistics import fmean
 import psutil, yaml
 from ._arguments import read_sections
 from ._files import files_of
+from ._gpu import gpu_mb
 from ._verify import discard_altered
 from .results import (AXES, catalogue, check_disk, claim_folder, cost, figures, inside, locked, manifest,
                                notebooks_folder, traceback_of, write_json)
@@ -33,8 +34,7 @@ def nearest(
     known: Iterable[str],  # the names that are allowed
 ) -> str:  # text for an error message
     "The allowed names, and the one that is most like `name`."
-    known = list(map(str, known))
-    like = get_close_matches(str(name), known, n=1, cutoff=.5)
+    like = get_close_matches(str(name), known := list(map(str, known)), n=1, cutoff=.5)
     return (f"did you mean {like[0]!r}? " if like else "") + f"allowed: {', '.join(known)}"
 
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-08
@@ -112,17 +112,18 @@ def snakemake_command(
     data_dir: str | Path | None = None,  # folder of the user's own data
     cluster: str | None = None,  # a folder of `workflow/clusters`, or the path of a Snakemake profile
     gpu_runs: int = 1,  # runs at once on the GPU
+    gpu_mb: tuple[int, dict[str, int]] | None = None,  # from the function of that name; no limit if None
     config: str | Path | None = None,  # configuration; `profile.json` of the folder of results if None
 ) -> list[str]:  # for `subprocess`
     "The call of Snakemake that makes what is missing."
     places = dict(nbs=notebooks) | (dict(data_dir=data_dir) if data_dir else {})
-    ours = FLOW / "clusters" / str(cluster)
-    here = f"--cores {cores} --resources gpu={gpu_runs}".split()
-    where = ["--profile", str(ours if ours.is_dir() else cluster)] if cluster else here
+    memory, needs = (f" gpu_mb={gpu_mb[0]}", [f"gpu_mb={json.dumps(gpu_mb[1])}"]) if gpu_mb else ("", [])
+    here = f"--cores {cores} --resources gpu={gpu_runs}{memory}".split()
+    where = ["--profile", str(p if (p := FLOW/"clusters"/str(cluster)).is_dir() else cluster)] if cluster else here
     return [sys.executable, "-c", "from uat_repro.workflow import snakemake_main; snakemake_main()", *targets, *where,
             "--snakefile", str(FLOW / "Snakefile"), f"--directory={workdir}", "--logger", "events",
             f"--configfile={config or Path(workdir) / 'profile.json'}",
-            "--config", *(f"{k}={os.path.relpath(v, workdir)}" for k, v in places.items()),
+            "--config", *(f"{k}={os.path.relpath(v, workdir)}" for k, v in places.items()), *needs,
             *"--rerun-incomplete --rerun-triggers mtime input params --keep-going --nocolor --scheduler greedy".split()]
 
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-34
@@ -337,7 +338,7 @@ def reproduce(
     for figure in targets: _check_figure(figure, conf)
     workdir = Path(workdir or ("results" if conf["profile"] == "cpu" else f"results-{conf['profile']}"))
     how: dict = dict(notebooks=notebooks, targets=targets, cores=cores, data_dir=data_dir, cluster=cluster,
-                     gpu_runs=gpu_runs)
+                     gpu_runs=gpu_runs, gpu_mb=None if cluster else gpu_mb(conf))
     needed = _plan_for(conf, workdir, "--forceall", **how) if targets else []  # what may be lost below others
     targets += [f"{run.notebook[10:-6]}/result.json" for run in needed if run.rule in catalogue()["experiments"]]
     if dry_run: return _list_runs(conf, workdir, **how)
