@@ -27,11 +27,11 @@ def gpu_mb(
     "What runs may share of the GPU. Raises where one does not fit alone."
     if not on_gpu(profile): return None
     import torch
-    from uat_repro._plan import LENGTH, _sizes_in, peak_bytes
+    from uat_repro._plan import LENGTH, sizes_in, peak_bytes
     if not torch.cuda.is_available(): return None
     total, needs = torch.cuda.get_device_properties(0).total_memory, {}
     for model in profile["models"]:
-        if (sizes := _sizes_in(profile, model, LENGTH)) is None: continue
+        if (sizes := sizes_in(profile, model, LENGTH)) is None: continue
         need = max(peak_bytes(profile, model, bf16=True), 6 * sizes.parameters)
         if need > total:
             raise ValueError(f"a run of {model} needs {need / 1e9:.0f} GB of a GPU, and this one has "

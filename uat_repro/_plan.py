@@ -6,8 +6,8 @@ Docs: https://uat-repro.github.io/uat-repro/api/plan.html.md"""
 
 # %% auto #0
 __all__ = ['PEAK', 'SHARE', 'STEP', 'LENGTH', 'PROMPT', 'ANSWERS', 'CHOICES', 'RECORDS', 'PARTS', 'SIZES', 'Sizes', 'sizes_of',
-           'training_bytes', 'peak_bytes', 'training_tokens', 'scored_tokens', 'benchmark_seconds', 'Work', 'work_of',
-           'cache_bytes', 'plan_text', 'plan_numbers']
+           'training_bytes', 'peak_bytes', 'sizes_in', 'training_tokens', 'scored_tokens', 'benchmark_seconds', 'Work',
+           'work_of', 'cache_bytes', 'plan_text', 'plan_numbers']
 
 # %% ../nbs/api/17c_plan.ipynb #17c-plan-03
 from collections.abc import Iterator
@@ -156,7 +156,7 @@ def peak_bytes(
         at_once, second = p.get("micro_batch") or p["batch_size"], ""
         if e == "train": second = _second(_goal(p, run["objective"]))
         needed.append(training_bytes(
-            _sizes_in(profile, model, length), at_once * length, at_once < p["batch_size"],
+            sizes_in(profile, model, length), at_once * length, at_once < p["batch_size"],
             p.get("checkpointing", False), bf16, second))
     return max(needed)
 
@@ -167,7 +167,7 @@ def _length(profile: dict, model: str, dataset: str) -> int:
 def _counts(profile: dict, model: str, dataset: str) -> dict[str, int]:
     return parameters(profile, "prepare", model=model, dataset=dataset)["counts"]
 
-def _sizes_in(profile: dict, model: str, length: int) -> Sizes | None:
+def sizes_in(profile: dict, model: str, length: int) -> Sizes | None:
     entry = profile["models"][model]
     return sizes_of(entry["spec"], entry.get("layer", 0), length)
 
@@ -247,12 +247,12 @@ def work_of(
     model: str,  # name of a model in it
 ) -> Work | None:  # None where its configuration is not known here
     "What training, benchmarks and uncertainty of a model take."
-    if _sizes_in(profile, model, LENGTH) is None: return None
+    if sizes_in(profile, model, LENGTH) is None: return None
     total = Work(0, 0, 0, 0, 0, 0)
     for experiment in ("uncertainty", "train", "untrained"):
         for run in (r for r in runs_of(profile, experiment) if r["model"] == model):
             length = _length(profile, model, run["dataset"]) if "dataset" in run else LENGTH
-            total += _work(profile, run, experiment, _sizes_in(profile, model, length))
+            total += _work(profile, run, experiment, sizes_in(profile, model, length))
     return total
 
 # %% ../nbs/api/17c_plan.ipynb #17c-plan-36
@@ -264,7 +264,7 @@ def cache_bytes(
     layer, total = profile["models"][model].get("layer", 0), 0
     for run in (r for r in runs_of(profile, "prepare") if r["model"] == model):
         length, counts = _length(profile, model, run["dataset"]), _counts(profile, model, run["dataset"])
-        sizes = _sizes_in(profile, model, length)
+        sizes = sizes_in(profile, model, length)
         if sizes: total += sum(counts.values()) * length * sizes.hidden * 4 * (2 if layer else 1)
     return total
 
@@ -290,7 +290,7 @@ def _models(profile: dict, bf16: bool) -> Iterator[tuple]:
         if (work := work_of(profile, model)) is None:
             yield model, "unknown: connect to the hub", *[""] * 5
             continue
-        sizes = _sizes_in(profile, model, LENGTH)
+        sizes = sizes_in(profile, model, LENGTH)
         yield (model, f"{sizes.parameters / 1e6:,.2f} M", f"{work.trained / 1e6:,.2f} M", f"{work.judged / 1e6:,.2f} M",
                f"{work.flops:.1e}", f"{peak_bytes(profile, model, bf16) / 1e9:,.2f} GB",
                f"{cache_bytes(profile, model) / 1e9:,.2f} GB")
@@ -331,7 +331,7 @@ def plan_numbers(
     conf = load_profile(profile, data_dir)
     def taken(model):
         if (work := work_of(conf, model)) is None: return None
-        return dict(work._asdict(), parameters=_sizes_in(conf, model, LENGTH).parameters,
+        return dict(work._asdict(), parameters=sizes_in(conf, model, LENGTH).parameters,
                     peak_bytes=peak_bytes(conf, model, on_gpu(conf)), cache_bytes=cache_bytes(conf, model))
     runs = {e: dict(runs=n, seconds=seconds) for e, (n, seconds) in _grid(conf).items()}
     models = {model: taken(model) for model in conf["models"]}
