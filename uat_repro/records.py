@@ -33,6 +33,8 @@ def _text(value: object) -> str:
     "A value as text; a `TypeError` if it is neither text nor a number."
     if _nothing(value): return ""
     if isinstance(value, bool | int | float): return json.dumps(value)
+    if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
+        return "".join(_text(part.get("text")) for part in value)
     if not isinstance(value, str): raise TypeError(f"is {type(value).__name__}, not text")
     return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -92,7 +94,7 @@ def _turns(fields: _Fields, record: dict) -> list[tuple]:
 
 # %% ../nbs/api/00_records.ipynb #00-records-12
 _ASSISTANTS = "gpt", "chatgpt", "assistant", "model", "bard", "bing"
-_ROLES = dict(system="system", human="user", user="user") | dict.fromkeys(_ASSISTANTS, "assistant")
+_ROLES = dict(system="system", developer="system", human="user", user="user") | dict.fromkeys(_ASSISTANTS, "assistant")
 _REASONING = "reasoning_content", "thinking", "reasoning"  # names of the reasoning before an answer; the first is kept
 _LEARN = "weight", "train", "training", "loss"
 _CALLS = "tool_calls", "function_call"
