@@ -66,6 +66,7 @@ def test_a_family_that_cannot_be_cut_says_so():
 
 TEXTS = ["#### 18", "She pays $1,234.50.", "so 3 + 4 = 7", "-12 degrees", "It costs $5", "1/2 of it",
          "12 apples, 3 pears", "x = 3.", "18.00", "no number", "\\boxed{42}", "50%", "5.5.5", "10-3", "**9**", "7,",
+         "#### Step 2: add 5",
          "$.50"]
 
 

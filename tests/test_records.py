@@ -61,7 +61,9 @@ ASKED = [("user", "2 + 2?"), ("assistant", "4")]
     ({"messages": '[{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]'}, ASKED),
     ({"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": 4.5}]},
      [ASKED[0], ("assistant", "4.5")]),
-    ({"question": "2 + 2?", "answer": "4 \ud83d\ude00 \ud83d"}, [ASKED[0], ("assistant", "4 😀 \ufffd")])])
+    ({"question": "2 + 2?", "answer": "4 \ud83d\ude00 \ud83d"}, [ASKED[0], ("assistant", "4 😀 \ufffd")]),
+    ({"messages": [{"role": "developer", "content": "S"}, {"role": "user", "content": [{"type": "text", "text": "2 + 2?"}]},
+                   {"role": "assistant", "content": "4"}]}, [("system", "S"), *ASKED])])
 def test_fields_that_people_add(record, turns):
     assert [(m["role"], m["content"]) for m in to_messages(record)] == turns
 

@@ -127,7 +127,8 @@ def test_goes_on_after_a_kill(nbs, profile, tmp_path, capfd):
     assert "train" in said and "prepare" not in said, "finished runs are kept"
 
 
-def test_told_to_end_it_interrupts_its_runs_and_says_so(nbs, profile, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_told_to_end_it_interrupts_its_runs_and_says_so(number, nbs, profile, tmp_path):
     work, slow = tmp_path / "results", "import time; time.sleep(60)\\nfrom pathlib import Path"
     edit(nbs / "experiments" / "prepare.ipynb", "from pathlib import Path", slow)
     code = ("import sys; from uat_repro import cli, workflow; from functools import partial; "
@@ -137,9 +138,9 @@ def test_told_to_end_it_interrupts_its_runs_and_says_so(nbs, profile, tmp_path):
     deadline = time.monotonic() + 120
     while not (work / "notebooks/prepare").exists() and time.monotonic() < deadline: time.sleep(.2)
     start = time.monotonic()
-    child.terminate()
+    child.send_signal(number)
     said = child.communicate(timeout=50)[1]
-    assert child.returncode == 143 and "stopped: the same command goes on from here" in said
+    assert child.returncode == 128 + number and "stopped: the same command goes on from here" in said
     assert time.monotonic() - start < 40, "it does not wait for the run"
 
 

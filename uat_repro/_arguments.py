@@ -34,7 +34,7 @@ def read_sections(
     "What a YAML file has under each name; a `ValueError` of one line names a file that is something else."
     import yaml
     try: found = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as e: raise ValueError(f"{path} is no valid YAML: {e}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f"{path} is no valid YAML: {e}") from None
     if isinstance(found, dict): return found
     raise ValueError(f"{path} holds a {type(found).__name__}: make it sections with names")
 

@@ -23,6 +23,8 @@ def as_text(value: object) -> str:
     "A value as text; a `TypeError` if it is neither text nor a number."
     if nothing(value): return ""
     if isinstance(value, bool | int | float): return json.dumps(value)
+    if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
+        return "".join(as_text(part.get("text")) for part in value)
     if not isinstance(value, str): raise TypeError(f"is {type(value).__name__}, not text")
     return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -56,7 +58,8 @@ def read_tools(
 
 # %% ../nbs/api/00c_turns.ipynb #00c-turns-11
 _ASSISTANTS = "gpt", "chatgpt", "assistant", "model", "bard", "bing"
-_ROLES = dict(system="system", human="user", user="user", tool="tool") | dict.fromkeys(_ASSISTANTS, "assistant")
+_ROLES = dict(system="system", developer="system", human="user", user="user", tool="tool",
+              **dict.fromkeys(_ASSISTANTS, "assistant"))
 _REASONING = "reasoning_content", "thinking", "reasoning"  # names of the reasoning before an answer; the first is kept
 _LEARN = "weight", "train", "training", "loss"
 _OF_RESULTS = "name", "tool_call_id"  # what the result of a call says about its call

@@ -9,7 +9,7 @@ __all__ = ['TINY', 'PACKAGED_WEIGHTS', 'CONSENT', 'tiny_tokenizer', 'tiny_model'
            'convert_gguf', 'PackagedWeights', 'absent_parts', 'load_model', 'weights_hash']
 
 # %% ../nbs/api/02a_weights.ipynb #02a-weights-03
-import hashlib, importlib.util, json, math, os, re, shutil
+import errno, hashlib, importlib.util, json, math, os, re, shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -90,6 +90,8 @@ def model_folder(
     "The folder of a converted GGUF file."
     return cache_dir()/f"{Path(file).stem}-{sha256[:16]}"
 
+_UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT}
+
 # %% ../nbs/api/02a_weights.ipynb #02a-weights-15a
 def _once(
     done: Path,  # folder of a converted model
@@ -98,17 +100,19 @@ def _once(
     "Convert a model, unless that is done. Raises if the cache cannot be written, and what `write` raises."
     if is_whole(done): return done
     _needs("gguf", "gguf")
-    try: done.parent.mkdir(parents=True, exist_ok=True)
+    part, lock = (done.with_name(f".{done.name}.{kind}") for kind in ("part", "lock"))  # no `*` finds them
+    try:
+        done.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
+            if is_whole(done): return done  # made by another process meanwhile
+            for left in (part, done): shutil.rmtree(left, ignore_errors=True)
+            part.mkdir()
+            write(part)
+            part.rename(done)
     except OSError as e:
-        raise OSError(f"cannot make {done.parent} ({e.strerror}): set UAT_REPRO_CACHE to a folder that you may "
-                      "write in") from e
-    with FileLock(f"{done}.lock"):
-        if is_whole(done): return done  # made by another process meanwhile
-        part = done.with_name(f"{done.name}.part")
-        for left in (part, done): shutil.rmtree(left, ignore_errors=True)
-        part.mkdir()
-        write(part)
-        part.rename(done)
+        if e.errno not in _UNWRITABLE: raise
+        raise OSError(f"cannot write {done} ({os.strerror(e.errno)}): set UAT_REPRO_CACHE or XDG_CACHE_HOME to a "
+                      "folder that you may write in, with room for the weights") from e
     return done
 
 # %% ../nbs/api/02a_weights.ipynb #02a-weights-15c
@@ -291,12 +295,13 @@ def load_model(
         tok = AutoTokenizer.from_pretrained(**source)
         model, info = AutoModelForCausalLM.from_pretrained(
             **source, use_safetensors=True, dtype=dtype, attn_implementation=attn_implementation,
-            output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+            output_loading_info=True, ignore_mismatched_sizes=True)
+    except ImportError: raise
+    except Exception as e:  # of whatever kind: files of a wrong form raise all of them
         raise OSError(f"cannot load {spec!r}: {_why(e, name, revision or 'main')}") from e
-    if absent := sorted(info["missing_keys"]):
-        raise OSError(f"cannot load {spec!r}: its weights lack {len(absent)} tensors, such as {absent[0]}; "
-                      "download or convert them again")
+    if absent := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
+        raise OSError(f"cannot load {spec!r}: its weights lack {len(absent)} tensors of the shape that config.json "
+                      f"asks for, such as {absent[0]}; download or convert them again")
     return model.eval(), tok
 
 # %% ../nbs/api/02a_weights.ipynb #02a-weights-27

@@ -47,13 +47,14 @@ def join_layers(
 
 # %% ../nbs/api/10a_answers.ipynb #10a-answers-11
 _NUMBER = re.compile(r"-?[$.,]*\d[$\d.,]*")
+_MARKED = re.compile(rf"####\s*({_NUMBER.pattern})")
 
 def final_answer(
     text: str,  # a response, of a data set or of a model
 ) -> str | None:  # the number in digits, such as "-1234.5"; None where there is none
-    "The number after the first `####` of a response, or else its last number."
-    marked = _NUMBER.search(text.partition("####")[2])
-    found = marked[0] if marked else next(reversed(_NUMBER.findall(text)), None)
+    "The number that stands directly behind the first `####` which has one, or else the last number."
+    marked = _MARKED.search(text)
+    found = marked[1] if marked else next(reversed(_NUMBER.findall(text)), None)
     return found and re.sub(r"[$,]", "", found).rstrip(".")
 
 # %% ../nbs/api/10a_answers.ipynb #10a-answers-14

@@ -71,7 +71,7 @@ def reproduce(
                                       label=late))
     except KeyboardInterrupt as e:
         print("\nstopped: the same command goes on from here", file=sys.stderr)
-        raise typer.Exit(143 if isinstance(e, Terminated) else 130)
+        raise typer.Exit(128 + e.args[0] if isinstance(e, Terminated) else 130)
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-57
 @app.command()

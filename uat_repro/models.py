@@ -82,9 +82,8 @@ def _once(trial: Callable, model: nn.Module) -> bool:
     key = name, type(model), repr(vars(model.config))
     if key in _FOUND: return _FOUND[key]
     if not all(type(p) is nn.Parameter and p.numel() and not p.is_meta for p in model.parameters()): return True
-    device = next(model.parameters()).device
-    ids = torch.arange(5, device=device)[None]  # (1, 5)
-    gpus = [device] if device.type == "cuda" else []
+    ids = torch.arange(5, device=next(model.parameters()).device)[None]  # (1, 5)
+    gpus = [ids.device] if ids.device.type == "cuda" else []
     with torch.random.fork_rng(gpus), eval_mode(model): _FOUND[key] = bool(trial(model, ids))
     return _FOUND[key]
 
@@ -94,6 +93,9 @@ def _run(decoder: nn.Module, call: Callable, **inputs) -> tuple[Tensor, Any]:  #
     kept = []
     hook = decoder.register_forward_hook(lambda module, args, out: kept.append(out.last_hidden_state))
     try: out = call(**inputs, use_cache=False)
+    except IndexError as e:
+        raise ValueError("the batch has token ids that the model does not know: take the tokenizer that belongs to it, "
+                         "or resize its embeddings before a teacher or a cache is made of it") from e
     finally: hook.remove()
     return kept[0], out
 
@@ -154,8 +156,7 @@ def _document_mask(query: Tensor, window: int) -> Tensor:
     "The additive causal mask (1, 1, T, T) of one document, in which a token sees `window` tokens."
     at = torch.arange(query.shape[2], device=query.device)
     back = at[:, None] - at  # (T, T)
-    mask = torch.zeros(1, 1, *back.shape, dtype=query.dtype, device=query.device)
-    return mask.masked_fill((back < 0) | (back >= window), torch.finfo(query.dtype).min)
+    return query.new_zeros(1, 1, *back.shape).masked_fill((back < 0) | (back >= window), torch.finfo(query.dtype).min)
 
 def _attend_by_document(attend: Callable | None, module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
                         attention_mask: Tensor | None, document_lengths: list[int] | None = None, **kwargs):
@@ -225,9 +226,8 @@ def _apart(decoder: nn.Module, ids: Tensor) -> bool:
 
 def _takes_documents(decoder: nn.Module) -> bool:
     "Whether a decoder may be given several documents in one row, and is faster for it."
-    config, known = decoder.config, {"full_attention", "sliding_attention"}
-    if not set(getattr(config, "layer_types", None) or []) <= known: return False
-    name = config._attn_implementation.removesuffix("_by_document")
+    if {*(getattr(decoder.config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}: return False
+    name = decoder.config._attn_implementation.removesuffix("_by_document")
     ours = getattr(decoder, "_supports_attention_backend", False) and name in ("sdpa", "eager")
     return ("flash" in name or ours and decoder.device.type != "cuda") and _once(_apart, decoder)
 

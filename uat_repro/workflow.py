@@ -219,18 +219,20 @@ def plan(
     raise ValueError(_reason(said[-1]) if said else "Snakemake gave no reason")
 
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-54
-class Terminated(KeyboardInterrupt):
-    "The command was told to end (SIGTERM)."
+class Terminated(KeyboardInterrupt): "The command was told to end: by SIGTERM, or by SIGHUP where its terminal is gone."
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    "SIGTERM raises `Terminated` here. Python allows that in the main thread only; elsewhere nothing changes."
+    "SIGTERM and SIGHUP raise `Terminated` here. Python allows that in the main thread only; elsewhere nothing changes."
     if threading.current_thread() is not threading.main_thread(): return (yield)
-    def terminate(*_): raise Terminated
-    before = signal.signal(signal.SIGTERM, terminate)
+    def terminate(number, frame): raise Terminated(number)
+    heard = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
+    before = {s: signal.signal(s, terminate) for s, how in heard.items() if how != signal.SIG_IGN}  # nohup ignores one
     try: yield
-    finally: signal.signal(signal.SIGTERM, before)
+    finally:
+        for s, handler in before.items(): signal.signal(s, handler)
 
+# %% ../nbs/api/17_workflow.ipynb #17-workflow-55
 def _pass_on(child: subprocess.Popen) -> None:
     "End a child, which then starts nothing more, and all that it has started."
     family = psutil.Process(child.pid)
