@@ -76,3 +76,13 @@ def test_the_menu_has_the_claims_before_all_but_the_first_page(docs):
     contents = docs.yaml.safe_load(docs.site_configuration())["website"]["sidebar"]["contents"]
     assert contents[0] == "index.ipynb" and contents[1]["section"] == "Claims"
     assert [part["section"] for part in contents[2:4]] == ["Figures of the paper", "Extended figures"]
+
+
+def test_cells_for_the_command_line_are_not_run_and_bars_do_not_warn(docs, tmp_path, monkeypatch):
+    monkeypatch.setattr(docs, "NBS", tmp_path)
+    monkeypatch.setenv("PYTHONWARNINGS", "")  # as it was, afterwards
+    sources = "#| export\n#| eval: false\nexit(main())", "#| notest\n1 / 0", "from tqdm.auto import tqdm"
+    page = docs.nbformat.v4.new_notebook(cells=[docs.nbformat.v4.new_code_cell(source) for source in sources])
+    docs.nbformat.write(page, tmp_path / "page.ipynb")
+    (cell,) = docs.run(Path("page.ipynb")).cells
+    assert cell.source == sources[-1] and not cell.outputs
