@@ -155,6 +155,13 @@ def _weights_of(row: dict) -> Tensor:
     except ValueError as e: raise ValueError(f"record {row.get('id')!r}: {e}") from None
     return torch.as_tensor(row["loss_weights"], dtype=torch.float32)
 
+def _require_field(row: Mapping, name: str) -> None:
+    "Raise where a row or a batch has not been encoded."
+    if name in row: return
+    given = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+    raise ValueError(f"there is no {name!r}, only {given}: make rows by encode_all(records, tokenizer), and a batch of "
+                     "rows by Collator(tokenizer)")
+
 class Collator:
     "Rows to a batch: padded on the right, with the attention mask given by the lengths."
     def __init__(self, tokenizer):  # pads with its padding id, or else its end of sequence; masks never depend on them
@@ -163,6 +170,7 @@ class Collator:
         self,
         rows: Sequence[dict],  # with `labels`, with `input_ids` or `inputs_embeds` (T, H), and perhaps `id`
     ) -> dict:  # tensors (B, T) and (B, T, H), `attention_mask` (B, T), and `id`: list of str
+        for row in rows: _require_field(row, "labels")
         fill, rows = dict(input_ids=self.pad, labels=-100), _complete(rows)
         own = "attention_mask", "loss_weights"
         names = [name for name in rows[0] if name not in own and _per_token(rows[0], name)]
@@ -257,7 +265,8 @@ class Layout:
 def lay_out(
     batch: Mapping,  # padded or packed, with `labels` (B, T) and perhaps `loss_weights` (B, T)
 ) -> Layout:  # of the N valid tokens, row by row
-    "The valid tokens of a batch, one after the other."
+    "The valid tokens of a batch, one after the other. Raises a `ValueError` where it has no labels."
+    _require_field(batch, "labels")
     labels, weights = batch["labels"], batch.get("loss_weights")
     if weights is None: weights = torch.ones(labels.shape, device=labels.device)
     valid = valid_tokens(labels, batch.get("position_ids")) & (weights > 0)
