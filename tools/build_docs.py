@@ -92,8 +92,8 @@ def run(page: Path) -> nbformat.NotebookNode:
 
 
 def link(text: str) -> str:
-    "Links of nbdev (`https://host/base/api/data.html`) as links to the notebooks that hold the page."
-    cfg = get_config()
+    "Links of nbdev (`https://host/base/api/data.html`) as links to the notebooks that hold the page; none in another."
+    text, cfg = re.sub(r"\[\[(`[^`]+`)\]\([^)]*\)\]\(", r"[\1](", text), get_config()
     base = f"{cfg.doc_host}{cfg.doc_baseurl}".rstrip("/") + "/"
     pages = {re.sub(r"(^|/)\d+[a-z]?_", r"\1", str(p.with_suffix(""))): f"/{p}" for p in notebooks()}
     return re.sub(re.escape(base) + r"([\w/]+)\.html", lambda m: pages.get(m[1], m[0]), text)
@@ -115,8 +115,18 @@ class Page(FilterDefaults):
     def base_procs(self): return [SignaturesFromModule if proc is exec_show_docs else proc for proc in super().base_procs()]
 
 
+def apart(node: nbformat.NotebookNode) -> None:
+    "Put what follows a title and its quoted line into a cell of its own: nbdev keeps nothing else of the title's cell."
+    for i, cell in enumerate(node.cells):
+        if cell.cell_type == "markdown" and (found := re.match(r"# .*\n+>.*\n+(?=.)", cell.source)):
+            node.cells.insert(i + 1, nbformat.v4.new_markdown_cell(cell.source[found.end():]))
+            cell.source = found[0].strip()
+            return
+
+
 def stage(page: Path, node: nbformat.NotebookNode) -> None:
     "Put one page into the stage: outputs, nbdev's documentation of what it exports, links."
+    apart(node)
     out = STAGE / page
     out.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(node, out)

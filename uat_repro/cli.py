@@ -232,14 +232,15 @@ def score(
 ):
     "Score the response tokens of a data set: a table, a page to explore them, and a summary."
     from uat_repro import _tasks as tasks
-    from uat_repro.uncertainty import SCORES, MCDropout, score_tokens
+    from uat_repro.uncertainty import SCORES, MCDropout
     from uat_repro.workflow import nearest
     if by not in SCORES: raise ValueError(f"there is no score {by!r}: {nearest(by, SCORES)}")
     posterior, (network, tokenizer) = MCDropout(p, samples, tuple(sites)), tasks.load(model, chat_template)
-    rows = tasks.read_rows(dataset, split, records, data_dir, on_error, columns, tokenizer, max_length)
-    tokens = tasks.mark_selected(score_tokens(network, tokenizer, rows, posterior))
+    chats = tasks.read_records(dataset, split, records, data_dir, on_error, columns)
+    tokens = tasks.scored(chats, network, tokenizer, max_length, posterior)
     tasks.write_scores(out, tokens, by, show, f"{Path(dataset).stem}, scored by {Path(model).name}")
-    print(f"{len(tokens)} tokens of {len(rows)} records: {out / 'tokens.parquet'}, {out / 'tokens.html'}")
+    scored = f"{tokens['record'].nunique()} records" + (" (more by --records)" if len(chats) == records else "")
+    print(f"{len(tokens)} tokens of {scored}: {out / 'tokens.parquet'}, {out / 'tokens.html'}")
     print(*tasks.summary(tokens, by), sep="\n")
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-65
@@ -295,7 +296,8 @@ def cache(
     from uat_repro import _tasks as tasks
     from uat_repro.cache import HiddenCache, states_size
     network, tokenizer = tasks.load(model, chat_template)
-    rows = tasks.read_rows(dataset, split, records, data_dir, on_error, columns, tokenizer, max_length)
+    rows = tasks.read_rows(dataset, split, records, data_dir, on_error, columns,
+                           tokenizer=tokenizer, max_length=max_length)
     print(f"{len(rows)} records will take {states_size(network, rows) / 1e6:,.1f} MB in {out}")
     HiddenCache.build(network, rows, out, layer)
 
