@@ -76,3 +76,21 @@ def test_the_menu_has_the_claims_before_all_but_the_first_page(docs):
     contents = docs.yaml.safe_load(docs.site_configuration())["website"]["sidebar"]["contents"]
     assert contents[0] == "index.ipynb" and contents[1]["section"] == "Claims"
     assert [part["section"] for part in contents[2:4]] == ["Figures of the paper", "Extended figures"]
+
+
+def test_cells_for_the_command_line_are_not_run_and_bars_do_not_warn(docs, tmp_path, monkeypatch):
+    monkeypatch.setattr(docs, "NBS", tmp_path)
+    monkeypatch.setenv("PYTHONWARNINGS", "")  # as it was, afterwards
+    sources = "#| export\n#| eval: false\nexit(main())", "#| notest\n1 / 0", "from tqdm.auto import tqdm"
+    page = docs.nbformat.v4.new_notebook(cells=[docs.nbformat.v4.new_code_cell(source) for source in sources])
+    docs.nbformat.write(page, tmp_path / "page.ipynb")
+    (cell,) = docs.run(Path("page.ipynb")).cells
+    assert cell.source == sources[-1] and not cell.outputs
+
+
+def test_what_follows_the_title_is_kept_and_a_link_holds_no_other(docs, tmp_path, monkeypatch):
+    monkeypatch.setattr(docs, "STAGE", tmp_path)
+    text = "# Page\n\n> Of one cell\n\nWhy it is there.\n\nBy [`lay_out`](01_tokens.ipynb)."
+    docs.stage(Path("howto.ipynb"), docs.nbformat.v4.new_notebook(cells=[docs.nbformat.v4.new_markdown_cell(text)]))
+    staged = "\n".join(cell.source for cell in docs.nbformat.read(tmp_path / "howto.ipynb", 4).cells)
+    assert "Why it is there." in staged and "By [`lay_out`](01_tokens.ipynb)." in staged and staged.count("Of one") == 1

@@ -125,6 +125,16 @@ def test_weights_of_the_data_have_no_unit(tmp_path):
 
 
 @needs_chromium
+def test_a_record_is_headed_by_its_prompt_and_another_answer_begins_a_line(tmp_path):
+    frame = tokens("a1", ["One", ".", "Two"], position=[4, 5, 9], prompt="Count <b>on</b>\nplease")
+    found, _ = run(token_page(frame, "Mine"), PRESS + """
+        found.heading = document.querySelector("h2 b").textContent;
+        found.answers = document.querySelector("[role=listbox]").textContent;
+        set("query", "count"); found.search = open().length""", tmp_path)
+    assert found == dict(heading="1. Count <b>on</b>↵please", answers="One.\nTwo", search=1)
+
+
+@needs_chromium
 def test_a_log_has_a_slider_over_its_steps(tmp_path):
     frame = pd.concat([tokens("a", ["x", "late"], step=100), tokens("a", ["x", "early"], step=0)])
     found, _ = run(token_page(frame, "A log"), PRESS + """

@@ -83,16 +83,17 @@ def site_configuration() -> str:
 
 def run(page: Path) -> nbformat.NotebookNode:
     "A library notebook with its outputs; cells that tests skip are left out."
-    node, skip = nbformat.read(NBS / page, 4), get_config().tst_flags.split()
-    node.cells = [c for c in node.cells if not (c.cell_type == "code" and any(re.match(rf"#\s*\|\s*{flag}\b", c.source) for flag in skip))]
+    node, skip = nbformat.read(NBS / page, 4), "|".join([*get_config().tst_flags.split(), "eval: *false"])
+    node.cells = [c for c in node.cells if c.cell_type != "code" or not re.search(rf"^#\s*\|\s*({skip})\b", c.source, re.M)]
     where = dict(metadata=dict(path=str((NBS / page).parent)))
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # of tqdm, where ipywidgets are not installed
     NotebookClient(node, timeout=600, kernel_name="python3", resources=where, extra_arguments=["--log-level=ERROR"]).execute()
     return node
 
 
 def link(text: str) -> str:
-    "Links of nbdev (`https://host/base/api/data.html`) as links to the notebooks that hold the page."
-    cfg = get_config()
+    "Links of nbdev (`https://host/base/api/data.html`) as links to the notebooks that hold the page; none in another."
+    text, cfg = re.sub(r"\[\[(`[^`]+`)\]\([^)]*\)\]\(", r"[\1](", text), get_config()
     base = f"{cfg.doc_host}{cfg.doc_baseurl}".rstrip("/") + "/"
     pages = {re.sub(r"(^|/)\d+[a-z]?_", r"\1", str(p.with_suffix(""))): f"/{p}" for p in notebooks()}
     return re.sub(re.escape(base) + r"([\w/]+)\.html", lambda m: pages.get(m[1], m[0]), text)
@@ -114,8 +115,18 @@ class Page(FilterDefaults):
     def base_procs(self): return [SignaturesFromModule if proc is exec_show_docs else proc for proc in super().base_procs()]
 
 
+def apart(node: nbformat.NotebookNode) -> None:
+    "Put what follows a title and its quoted line into a cell of its own: nbdev keeps nothing else of the title's cell."
+    for i, cell in enumerate(node.cells):
+        if cell.cell_type == "markdown" and (found := re.match(r"# .*\n+>.*\n+(?=.)", cell.source)):
+            node.cells.insert(i + 1, nbformat.v4.new_markdown_cell(cell.source[found.end():]))
+            cell.source = found[0].strip()
+            return
+
+
 def stage(page: Path, node: nbformat.NotebookNode) -> None:
     "Put one page into the stage: outputs, nbdev's documentation of what it exports, links."
+    apart(node)
     out = STAGE / page
     out.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(node, out)

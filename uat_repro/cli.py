@@ -226,14 +226,15 @@ def score(
 ):
     "Score the response tokens of a data set: a table, a page to explore them, and a summary."
     from uat_repro import _tasks as tasks
-    from uat_repro.uncertainty import SCORES, MCDropout, score_tokens
+    from uat_repro.uncertainty import SCORES, MCDropout
     from uat_repro.workflow import nearest
     if by not in SCORES: raise ValueError(f"there is no score {by!r}: {nearest(by, SCORES)}")
     posterior, (network, tokenizer) = MCDropout(p, samples, tuple(sites)), tasks.load(asked.model, asked.chat_template)
-    rows = tasks.read_rows(asked, split, records, tokenizer)
-    tokens = tasks.mark_selected(score_tokens(network, tokenizer, rows, posterior))
+    chats = tasks.read_records(asked, split, records)
+    tokens = tasks.scored(chats, network, tokenizer, asked.max_length, posterior)
     tasks.write_scores(out, tokens, by, show, f"{Path(asked.dataset).stem}, scored by {Path(asked.model).name}")
-    print(f"{len(tokens)} tokens of {len(rows)} records: {out / 'tokens.parquet'}, {out / 'tokens.html'}")
+    scored = f"{tokens['record'].nunique()} records" + (" (more by --records)" if len(chats) == records else "")
+    print(f"{len(tokens)} tokens of {scored}: {out / 'tokens.parquet'}, {out / 'tokens.html'}")
     print(*tasks.summary(tokens, by), sep="\n")
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-65

@@ -24,8 +24,9 @@ def _record(part: pd.DataFrame, scores: list[str]) -> dict:
     "One record at one step, as the script of the page reads it."
     first = part.iloc[0]
     chosen = np.flatnonzero(part["selected"]).tolist() if "selected" in part else []
-    record = dict(id=str(first["record"]), tokens=part["token"].tolist(), selected=chosen,
-                  values={score: _rounded(part[score]) for score in scores})
+    answers = np.flatnonzero(part["position"].diff() > 1).tolist() if "position" in part else []
+    record = dict(id=str(first["record"]), tokens=part["token"].tolist(), selected=chosen, answers=answers,
+                  prompt=str(first.get("prompt", ""))[:300], values={score: _rounded(part[score]) for score in scores})
     return record | (dict(step=int(first["step"])) if "step" in part else {})
 
 # %% ../nbs/api/15a_page.ipynb #15a-page-10
@@ -51,7 +52,7 @@ def _page_data(tokens: pd.DataFrame, title: str, by: str) -> dict:
 
 # %% ../nbs/api/15a_page.ipynb #15a-page-13
 def token_page(
-    tokens: pd.DataFrame,  # a row for each token: record, token, scores (float, nats), perhaps `selected` and `step`
+    tokens: pd.DataFrame,  # a row for each token: record, token, scores (float, nats); more: see below
     title: str,  # heading of the page
     by: str = "loss",  # the score that colours the tokens at first
 ) -> str:  # a whole document

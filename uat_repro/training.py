@@ -22,7 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from .distillation import Teacher
 from .models import use_bf16
 from .objective import Objective, ObjectiveOutput
-from .tokens import Collator, LengthSampler, lay_out, token_frame
+from .tokens import Collator, LengthSampler, lay_out, require_field, token_frame
 
 _log = logging.getLogger(__name__)
 
@@ -147,6 +147,7 @@ class TokenLog(TrainerCallback):
 def _lengths(dataset) -> list[int]:
     "Number of tokens of every row, without reading more than the tokens."
     if hasattr(dataset, "lengths"): return dataset.lengths
+    if len(dataset): require_field(dataset[0], "input_ids")
     ids = dataset["input_ids"] if hasattr(dataset, "column_names") else (row["input_ids"] for row in dataset)
     return [len(row) for row in ids]
 
@@ -193,8 +194,12 @@ _UNREAD = ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metric
 
 def _check(objective: Objective, teacher: Teacher | None, args: TrainingArguments, arguments: dict) -> None:
     "Raise a `ValueError` that says what is missing, or what would have no effect."
+    if not isinstance(objective, Objective):
+        raise ValueError(f"objective is a {type(objective).__name__}: pass an Objective, or the name of a preset")
     if objective.needs_teacher and teacher is None:
         raise ValueError("this objective needs a teacher: pass teacher=FrozenTeacher(model), made before training")
+    if isinstance(teacher, nn.Module):
+        raise ValueError(f"teacher is a {type(teacher).__name__}: wrap it, as in teacher=FrozenTeacher(model)")
     if unread := [name for name in _UNREAD if arguments.get(name) is not None]:
         raise ValueError(f"{unread[0]} would never be called: the loss is the objective's and an evaluation keeps no "
                          "logits; leave it out, and measure with `evaluate` of uat_repro.evaluation")
