@@ -28,17 +28,18 @@ class Look(NamedTuple):
     "How an objective is named and drawn."
     label: str  # readable name
     colour: str  # hex code
-    marker: str  # as matplotlib names it
+    marker: str | tuple  # as matplotlib names it
 
 OBJECTIVES = dict(
     mle=Look("MLE", "#4d4d4d", "o"), masked_mle=Look("masked MLE", "#d55e00", "s"),
     document_masked_mle=Look("document-masked MLE", "#e69f00", "D"),
-    random_masked_mle=Look("random tokens", "#cc79a7", "^"),
-    self_distillation=Look("self-distillation", "#009e73", "v"),
+    random_masked_mle=Look("random tokens", "#cc79a7", "^"), self_distillation=Look("self-distillation", "#009e73", "v"),
     combined=Look("combined", "#0072b2", "P"), mle_kl=Look("MLE + KL", "#56b4e9", "X"),
     bottom_masked_mle=Look("bottom tokens", "#b59f6f", "8"), rho1=Look("Rho-1", "#8c510a", "p"),
     stm=Look("STM", "#762a83", "<"), dft=Look("DFT", "#1b7837", ">"), asft=Look("ASFT", "#5aae61", "d"),
-    eaft=Look("EAFT", "#b2182b", "*"), mle_slow=Look("MLE, lower rate", "#a6a6a6", "h"))
+    eaft=Look("EAFT", "#b2182b", "*"), mle_slow=Look("MLE, lower rate", "#a6a6a6", "h"),
+    p10=Look("p^10", "#dfc27d", (4, 1, 0)), profit=Look("ProFit", "#80cdc1", (3, 1, 0)),
+    iw_sft=Look("iw-SFT", "#01665e", (6, 1, 0)), psft=Look("PSFT", "#c51b7d", (8, 1, 0)))
 
 # %% ../nbs/api/16_plots.ipynb #16-plots-09
 LABELS = {name: how.label for name, how in OBJECTIVES.items()} | {
@@ -47,11 +48,10 @@ LABELS = {name: how.label for name, how in OBJECTIVES.items()} | {
     alpaca="Alpaca", gsm8k="GSM8K", gsm_symbolic="GSM-Symbolic", sharegpt="ShareGPT", id="ID", ood="OOD",
     one_pass="one pass", repeated="repeated passes", last="last checkpoint", best="best checkpoint",
     initial="untrained model", loss="predictive loss", entropy="predictive entropy", total="total uncertainty",
-    epistemic="epistemic uncertainty", aleatoric="aleatoric uncertainty", nll="NLL", kl="KL",
-    selected="in the mask", share="epistemic share",
-    overlap="overlap with the first mask", inflation="rise of the loss",
-    spearman="rank correlation", jaccard="overlap of top quarters", agreement="agreement of halves",
-    correlation="rank correlation", lora_ensemble="LoRA ensemble", distance="distance from the solution",
+    epistemic="epistemic uncertainty", aleatoric="aleatoric uncertainty", nll="NLL", kl="KL", selected="in the mask",
+    share="epistemic share", overlap="overlap with the first mask", inflation="rise of the loss",
+    spearman="rank correlation", correlation="rank correlation", jaccard="overlap of top quarters",
+    agreement="agreement of halves", lora_ensemble="LoRA ensemble", distance="distance from the solution",
     keep="kept fraction $k$", distill_weight="distillation weight $\\lambda$")
 
 # %% ../nbs/api/16_plots.ipynb #16-plots-10
@@ -172,7 +172,7 @@ def _draw_gains(ax: Axes, part: pd.DataFrame, objectives: list[str]) -> None:
     for row in part.itertuples():
         y, how = objectives.index(row.objective), look(row.objective)
         ax.plot([row.low, row.high], [y, y], color=how.colour, lw=9, alpha=.35, solid_capstyle="butt", zorder=2)
-        ax.plot(row.estimate, y, how.marker, color=how.colour, ms=6, mec="white", mew=.3, zorder=4)
+        ax.plot(row.estimate, y, marker=how.marker, color=how.colour, ms=6, mec="white", mew=.3, zorder=4)
         ax.plot(row.per_seed, [y + .38] * len(row.per_seed), "o", color=how.colour, ms=2.6, alpha=.9, zorder=3)
     ax.set(ylim=(len(objectives) - .35, -.55), yticks=range(len(objectives)))
     ax.set_yticklabels([look(o).label for o in objectives])
@@ -218,7 +218,7 @@ def _draw_tradeoff(ax: Axes, part: pd.DataFrame) -> None:
         for bar in (([row.id_low, row.id_high], [y, y]), ([x, x], [row.ood_low, row.ood_high])):
             ax.plot(*bar, color=how.colour, lw=3, alpha=.35, solid_capstyle="butt", zorder=2)
         ax.plot(row.id_per_seed, row.ood_per_seed, "o", color=how.colour, ms=2.6, alpha=.9, zorder=3)
-        ax.plot(x, y, how.marker, color=how.colour, ms=9, mec="white", mew=.5, zorder=4)
+        ax.plot(x, y, marker=how.marker, color=how.colour, ms=9, mec="white", mew=.5, zorder=4)
     if len(part): _shade_quarter(ax)
 
 # %% ../nbs/api/16_plots.ipynb #16-plots-33
@@ -283,7 +283,7 @@ def plot_effects(
         ax.title.set_weight("bold")
         if reverse: ax.invert_xaxis()
     axes[0, 0].set_ylabel(ylabel, weight="normal")
-    if note: fig.suptitle(note, size=8.5)
+    fig.suptitle(note or None, size=8.5)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return fig
 
