@@ -1,5 +1,5 @@
 """The experiment notebooks, run whole."""
-import json, subprocess, sys
+import json, subprocess, sys, time
 from pathlib import Path
 
 import pandas as pd
@@ -45,6 +45,24 @@ def test_the_same_run_leaves_the_same_files_bit_for_bit(tmp_path):
     go("why_curriculum", "why_curriculum", prepared=prepared, uncertainty=uncertainty)
     go("why_combined", "why_combined", prepared=prepared, others=others)
     go("answers", "answers", prepared=prepared, arms=dict(mle={}, combined={}), problems=3)
+
+
+def test_a_run_that_is_killed_goes_on_behind_its_last_whole_seed(tmp_path):
+    prepared = str(tmp_path / "prepared")
+    assert start("prepare", out=prepared, counts=dict(train=16, validation=4, test=4), max_length=448).wait() == 0
+    def go(out): return start("train", prepared={"gsm_symbolic": prepared}, regime="one_pass", track=0, seeds=[0, 1], out=str(tmp_path / out))
+
+    assert go("straight").wait() == 0
+    process, first = go("killed"), tmp_path / "killed/parts/seed-0"
+    while not first.exists() and process.poll() is None: time.sleep(.05)
+    assert process.poll() is None
+    process.kill()
+    records = pd.read_parquet(first / "records.parquet")
+    records.assign(nll=records["nll"] + 1).to_parquet(first / "records.parquet")  # shows that it is read
+    assert go("killed").wait() == 0
+    straight, killed = (pd.read_parquet(tmp_path / out / "records.parquet") for out in ("straight", "killed"))
+    pd.testing.assert_frame_equal(straight.assign(nll=straight["nll"] + (straight["seed"] == 0)), killed, check_exact=True)
+    assert not first.parent.exists()
 
 
 def test_columns_are_renamed_and_unusable_records_are_counted(tmp_path, monkeypatch):

@@ -127,6 +127,16 @@ def test_goes_on_after_a_kill(nbs, profile, tmp_path, capfd):
     assert "train" in said and "prepare" not in said, "finished runs are kept"
 
 
+def test_a_run_keeps_its_parts_for_the_next_start_of_the_same_run_only(nbs, profile, tmp_path, capfd):
+    "The first start of a run fails after its first part."
+    edit(nbs / "experiments" / "train.ipynb", "from pathlib import Path", "from pathlib import Path\\npart = Path(out, 'parts', 'seed-0')\\n"
+         "if not part.exists():\\n    part.mkdir()\\n    1 / 0")
+    train = yaml.safe_load(Path(profile()).read_text())["train"]
+    for samples, status in ((4, 1), (4, 0), (5, 1), (5, 0)):
+        written = profile(train=train | dict(samples=samples))
+        assert reproduce(written, workdir=tmp_path / "results", notebooks=nbs, update=True) == status, capfd.readouterr()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_told_to_end_it_interrupts_its_runs_and_says_so(number, nbs, profile, tmp_path):
     work, slow = tmp_path / "results", "import time; time.sleep(60)\\nfrom pathlib import Path"
