@@ -142,22 +142,25 @@ def training_bytes(
     return held + max(turn, end)
 
 # %% ../nbs/api/17c_plan.ipynb #17c-plan-21
-def _second(goal: Objective) -> str: return "model" if goal.needs_reference else "head"
+def _second(profile: dict, experiment: str, run: dict[str, str]) -> str:
+    "What a run holds beside the model that it trains."
+    if experiment != "train": return dict(subsets="", posteriors="model").get(experiment, "head")
+    return "model" if _goal(parameters(profile, "train", **run), run["objective"]).needs_reference else "head"
 
 def peak_bytes(
     profile: dict,  # from `load_profile`
     model: str,  # name of a model in it
     bf16: bool,  # compute in bfloat16
 ) -> float:  # bytes, of one run
-    "The most memory that a training of a model needs, in `train` or in `subsets`."
+    "The most memory that a training of a model needs in any experiment."
     needed = [0.0]
-    for e, run in ((e, r) for e in ("train", "subsets") for r in runs_of(profile, e) if r["model"] == model):
-        p, length = parameters(profile, e, **run), _length(profile, model, run["dataset"])
-        at_once, second = p.get("micro_batch") or p["batch_size"], ""
-        if e == "train": second = _second(_goal(p, run["objective"]))
+    for e, run in ((e, r) for e in catalogue()["experiments"] for r in runs_of(profile, e) if r["model"] == model):
+        p = parameters(profile, e, **run)
+        if "batch_size" not in p: continue
+        length, at_once = _length(profile, model, run["dataset"]), p.get("micro_batch") or p["batch_size"]
         needed.append(training_bytes(
             sizes_in(profile, model, length), at_once * length, at_once < p["batch_size"],
-            p.get("checkpointing", False), bf16, second))
+            p.get("checkpointing", False), bf16, _second(profile, e, run)))
     return max(needed)
 
 # %% ../nbs/api/17c_plan.ipynb #17c-plan-23
