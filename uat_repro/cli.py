@@ -63,7 +63,8 @@ def reproduce(
     gpu_runs: option(int, min=1, help="Runs at once on this machine's GPU, fewer if its memory is full.") = 1,
 ):
     "Run what is missing, draw the figures, and compare the claims."
-    from uat_repro.workflow import Terminated, reproduce as run_grid, terminable
+    from uat_repro._signals import Terminated, terminable
+    from uat_repro.workflow import reproduce as run_grid
     late = lambda name: importlib.import_module("uat_repro.plots").label(name)  # matplotlib waits until needed
     try:
         with terminable():

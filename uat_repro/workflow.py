@@ -6,22 +6,22 @@ Docs: https://uat-repro.github.io/uat-repro/api/workflow.html.md"""
 
 # %% auto #0
 __all__ = ['FLOW', 'DEFAULTS', 'ASIDE', 'nearest', 'load_profile', 'parameters', 'snakemake_command', 'snakemake_main', 'Run',
-           'events', 'about', 'Progress', 'plan', 'Terminated', 'terminable', 'watch', 'reproduce']
+           'events', 'about', 'Progress', 'plan', 'watch', 'reproduce']
 
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-03
-import ctypes, json, os, signal, subprocess, sys, tempfile, threading, time
+import json, os, subprocess, sys, tempfile, time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
 
-import psutil, yaml
+import yaml
 from ._arguments import read_sections
 from ._files import files_of
 from ._gpu import gpu_mb
+from ._signals import Terminated, end_family, follow_parent
 from ._verify import discard_altered
 from .results import (AXES, catalogue, check_disk, claim_folder, cost, figures, inside, locked, manifest,
                                notebooks_folder, traceback_of, write_json)
@@ -218,31 +218,6 @@ def plan(
     said = [text for kind, text in found if kind == "error"] or p.stderr.strip().splitlines()
     raise ValueError(_reason(said[-1]) if said else "Snakemake gave no reason")
 
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-54
-class Terminated(KeyboardInterrupt): "The command was told to end: by SIGTERM, or by SIGHUP where its terminal is gone."
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    "SIGTERM and SIGHUP raise `Terminated` here. Python allows that in the main thread only; elsewhere nothing changes."
-    if threading.current_thread() is not threading.main_thread(): return (yield)
-    def terminate(number, frame): raise Terminated(number)
-    heard = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
-    before = {s: signal.signal(s, terminate) for s, how in heard.items() if how != signal.SIG_IGN}  # nohup ignores one
-    try: yield
-    finally:
-        for s, handler in before.items(): signal.signal(s, handler)
-
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-55
-def _pass_on(child: subprocess.Popen) -> None:
-    "End a child, which then starts nothing more, and all that it has started."
-    family = psutil.Process(child.pid)
-    for process in [family, *family.children(recursive=True)]:
-        with suppress(psutil.NoSuchProcess): process.terminate()
-
-def _follow_parent() -> None:
-    "Called in the child: be told when the parent ends (Linux)."
-    if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-56
 def watch(
     command: list[str],  # from `snakemake_command`
@@ -252,7 +227,7 @@ def watch(
 ) -> tuple[int, list[Run], str]:  # Snakemake's exit status, the failed runs, its last error
     "Run Snakemake, with a line for each run that ends."
     failed, error = [], ""
-    how: dict = dict(pass_fds=keep, preexec_fn=_follow_parent, text=True, encoding="utf-8")
+    how: dict = dict(pass_fds=keep, preexec_fn=follow_parent, text=True, encoding="utf-8")
     with open(log, "w") as file, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, **how) as child:
         try:
             for kind, run in events(child.stdout):
@@ -263,7 +238,7 @@ def watch(
                     failed.append(run)
                     print(f"FAILED {run}; runs that do not need it go on", flush=True)
         except Terminated:
-            _pass_on(child)
+            end_family(child)
             raise
     return child.returncode, failed, error
 
