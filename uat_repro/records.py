@@ -258,7 +258,7 @@ def _records(streams: Iterable, source: str, complain: Callable[[str], None]) ->
         new = {(str(place).rpartition(", ")[0], field) for field in unread} - named
         named |= new
         for file, field in sorted(new): _log.warning("%s: field %r is not read", file, field)
-        record = dict(id=record_id(messages), messages=messages, source=str(_first(raw, "source") or source))
+        record = dict(id=record_id(messages), messages=messages, source=str(first_of(raw, "source") or source))
         if raw.get("token_weights") is not None: record["token_weights"] = raw["token_weights"]
         if type(number := raw.get("cluster")) is int: record["cluster"] = f"{source}/{number}"
         if record["id"] in seen: repeated += 1
