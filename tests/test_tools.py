@@ -145,3 +145,8 @@ def test_calls_and_tools_are_part_of_the_id(tmp_path):
     ([USER, said("Rome.") | dict(function_call=dict(name="weather"))], "write it as tool_calls")])
 def test_calls_that_cannot_be_used(messages, complaint):
     fails("record ", complaint, call=lambda: to_messages(record(*messages)))
+
+
+@pytest.mark.parametrize("tools", [[{}], ["weather"], [dict(function="weather")], "weather", 7])
+def test_tools_that_are_none(tools):
+    fails("record ", "tools that are no list of functions", call=lambda: to_messages(record(USER, said("4"), tools=tools)))

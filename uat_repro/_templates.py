@@ -150,7 +150,7 @@ def _place_calls(messages: list[dict], text: str, tokenizer) -> tuple[list[tuple
         asked = render_chat(messages[:i], tokenizer, add_generation_prompt=True)
         given = render_chat(messages[:i + 1], tokenizer).rstrip()
         if given.startswith(asked) and text.startswith(given): spans.append((i, len(asked), len(given)))
-    tools = [tool.get("function", tool).get("name", "") for tool in messages[0].get("tools", ())]
+    tools = [tool.get("function", tool)["name"] for tool in messages[0].get("tools", ())]
     lost = any(_missing(messages[i], text[begin:end]) for i, begin, end in spans)
     if lost or answers[-1] not in [i for i, *_ in spans] or not all(tool in text for tool in tools):
         raise Unusable("the chat template does not write its tools or calls as they are: take another template, or "

@@ -45,6 +45,11 @@ def _call(given: dict) -> dict:
     call = dict(type="function", function=dict(name=as_text(name), arguments=plain))
     return call | (dict(id=given["id"]) if given.get("id") else {})
 
+def _tool(given: dict) -> dict:
+    "A tool as it is given. Raises what Python does where it has no name."
+    if not isinstance(given.get("function", given)["name"], str): raise TypeError
+    return dict(given)
+
 def read_tools(
     holder: dict,  # has `tool_calls` or `tools`, or none
     field: str,  # which of the two
@@ -52,7 +57,7 @@ def read_tools(
     "The calls of a turn, or the tools of a record. A `TypeError` says what they are not."
     try:
         found = listed(first_of(holder, field) or [])
-        return [_call(one) if field == "tool_calls" else dict(one) for one in found]
+        return [_call(one) if field == "tool_calls" else _tool(one) for one in found]
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
         raise TypeError(f"{field} that are no list of functions in OpenAI's format") from None
 
