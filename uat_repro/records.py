@@ -143,8 +143,7 @@ def _conversation(record: dict) -> tuple[list[dict], list[str]]:
                       if field not in _OF_A_TURN and not _nothing(value)})
     if messages: return messages, unread
     others = f" (fields that are not read: {', '.join(unread)})" if unread else ""
-    of_record = unread and "." not in unread[0]
-    named = f", name its column (--columns prompt=...,completion={unread[0]})" if of_record else ""
+    named = f", name its column (--columns prompt=...,completion={unread[0]})" if "." not in (unread or ".")[0] else ""
     raise ValueError(f"record {_excerpt(record)} has no response{others}: write one{named} or remove the record")
 
 def to_messages(

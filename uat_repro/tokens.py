@@ -144,6 +144,14 @@ def encode_all(
                              "answers in another way than last ones", partial, len(rows))
     return Dataset.from_list(_complete(rows))
 
+# %% ../nbs/api/01_tokens.ipynb #01-tokens-20b
+def _require_field(row: Mapping, name: str) -> None:
+    "Raise where a row or a batch has not been encoded."
+    if name in row: return
+    given = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+    raise ValueError(f"there is no {name!r}, only {given}: make rows by encode_all(records, tokenizer), and a batch of "
+                     "rows by Collator(tokenizer)")
+
 # %% ../nbs/api/01_tokens.ipynb #01-tokens-21
 def _per_token(row: dict, name: str) -> bool:
     "Whether a column has one value for each token."
@@ -154,13 +162,6 @@ def _weights_of(row: dict) -> Tensor:
     try: _check_weights(row["loss_weights"], len(row["labels"]))
     except ValueError as e: raise ValueError(f"record {row.get('id')!r}: {e}") from None
     return torch.as_tensor(row["loss_weights"], dtype=torch.float32)
-
-def _require_field(row: Mapping, name: str) -> None:
-    "Raise where a row or a batch has not been encoded."
-    if name in row: return
-    given = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
-    raise ValueError(f"there is no {name!r}, only {given}: make rows by encode_all(records, tokenizer), and a batch of "
-                     "rows by Collator(tokenizer)")
 
 class Collator:
     "Rows to a batch: padded on the right, with the attention mask given by the lengths."
