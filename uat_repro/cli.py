@@ -165,9 +165,12 @@ def verify(
     from uat_repro._verify import altered
     from uat_repro.results import result_files
     runs = result_files(_open_results(workdir))
-    told = [f"{workdir / f} is missing" for f in runs if not (workdir / f).exists()]
-    told += [fault for f in runs if (workdir / f).exists() for fault in altered((workdir / f).parent)]
-    told += [f"{run} is missing, or older than its code or data" for run in _stale(workdir, data_dir)]
+    gone = [f for f in runs if not (workdir / f).exists()]
+    told = [f"{workdir / f} is missing" for f in gone]
+    told += [fault for f in runs if f not in gone for fault in altered((workdir / f).parent)]
+    named = {f"notebooks/{Path(f).parent}.ipynb" for f in gone}
+    told += sorted(f"{run} is missing, or older than its code or data" for run in _stale(workdir, data_dir)
+                   if run.notebook not in named)
     for line in told: print(line)
     print(f"{len(runs)} runs in {workdir}: {len(told)} faults")
     raise typer.Exit(1 if told else 0)
