@@ -94,7 +94,8 @@ def test_fields_that_nobody_reads_are_named_once(tmp_path, caplog):
     caplog.clear()
     with caplog.at_level(logging.WARNING): assert len(load_records(path, "all")) == 2
     assert [r.getMessage() for r in caplog.records] == [f"{path}: field 'turn.images' is not read"]
-    fails("no response (fields that are not read: target)", call=lambda: to_messages({"question": "?", "target": "4"}))
+    fails("no response (fields that are not read: target)", "name its column (--columns prompt=...,completion=target)",
+          call=lambda: to_messages({"question": "?", "target": "4"}))
 
 
 # ---- sources and splits --------------------------------------------------------------------------
@@ -148,11 +149,11 @@ def test_gsm8k_files_do_not_leak(data_dir):
     assert all("####" in r["messages"][-1]["content"] for r in load_records("gsm8k", "test", data_dir=data_dir))
 
 
-def test_repeated_records_are_kept_once(tmp_path):
+def test_repeated_records_are_kept_once(tmp_path, caplog):
     path = write(tmp_path / "mine.jsonl", [ALPACA, GSM8K, ALPACA])
     records = load_records(path, "all")
     assert [r["source"] for r in records] == ["mine"] * 2 and [*records[0]] == ["id", "messages", "source"]
-    assert records[1]["messages"] == to_messages(GSM8K)
+    assert records[1]["messages"] == to_messages(GSM8K) and "1 repeated records were left out" in caplog.text
 
 
 def test_a_cluster_that_is_no_number_is_no_cluster(tmp_path):

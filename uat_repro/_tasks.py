@@ -6,8 +6,8 @@ Docs: https://uat-repro.github.io/uat-repro/api/tasks.html.md"""
 
 # %% auto #0
 __all__ = ['load', 'read_records', 'read_rows', 'mark_selected', 'scored', 'write_scores', 'least_sure', 'kind_of',
-           'selected_kinds', 'alike', 'harm', 'summary', 'train_model', 'sides', 'second', 'digest', 'keep_start',
-           'keep_run', 'keep_config', 'keep_card', 'trainer_arguments', 'run_training']
+           'selected_kinds', 'alike', 'harm', 'full', 'summary', 'train_model', 'sides', 'second', 'digest',
+           'keep_start', 'keep_run', 'keep_config', 'keep_card', 'trainer_arguments', 'run_training']
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-03
 import hashlib, math, re, sys, time
@@ -133,10 +133,17 @@ def harm(tokens: pd.DataFrame, most: float = 0.02) -> str:
     if change > most: verdict = "too much: they are about a worse model; lower --p or choose other --sites"
     return f"dropout changes the mean loss by {change:+.1%}: {verdict}"
 
+# %% ../nbs/api/18b_tasks.ipynb #18b-tasks-33b
+def full(tokens: pd.DataFrame, max_length: int) -> str:
+    "How many records have all the tokens that they may have; empty if none has."
+    count = (tokens.groupby("record")["position"].max() == max_length - 1).sum()
+    return f"{count} records fill all {max_length} tokens: what follows is cut (raise --max-length)" if count else ""
+
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-44
-def summary(tokens: pd.DataFrame, by: str) -> list[str]:
+def summary(tokens: pd.DataFrame, by: str, max_length: int) -> list[str]:
     "What there is to say about scored tokens, line by line."
-    return [*filter(None, [*least_sure(tokens, by), selected_kinds(tokens), alike(tokens), harm(tokens)])]
+    more = selected_kinds(tokens), alike(tokens), full(tokens, max_length), harm(tokens)
+    return [*least_sure(tokens, by), *filter(None, more)]
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-14
 def train_model(model, tokenizer, rows, validation, objective: str, lora=False, reference=None, resume=False, **args):

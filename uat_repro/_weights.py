@@ -12,6 +12,7 @@ __all__ = ['TINY', 'PACKAGED_WEIGHTS', 'CONSENT', 'tiny_tokenizer', 'tiny_model'
 import errno, hashlib, importlib.util, json, math, os, re, shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import distributions
 from itertools import accumulate
@@ -275,6 +276,8 @@ def _why(error: Exception, name: str, revision: str) -> str:
     except ValueError: found = None  # not the name of a repository
     if isinstance(found, (str, Path)) and (damage := _damaged(Path(found).parent)):
         return f"{damage}: delete it, then download or copy it again"
+    if name.startswith((".", "/", "~")) and not Path(name).exists(): text = "there is no such folder or file"
+    if near := get_close_matches(name, [*PACKAGED_WEIGHTS, *TINY], 1): text = f"did you mean {near[0]!r}? {text[:300]}"
     allowed = ", ".join(["a hub id", "a folder with safetensors", "a .gguf file", *PACKAGED_WEIGHTS, *TINY])
     return f"{text[:400]} (allowed: {allowed})"
 

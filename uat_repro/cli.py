@@ -165,9 +165,12 @@ def verify(
     from uat_repro._verify import altered
     from uat_repro.results import result_files
     runs = result_files(_open_results(workdir))
-    told = [f"{workdir / f} is missing" for f in runs if not (workdir / f).exists()]
-    told += [fault for f in runs if (workdir / f).exists() for fault in altered((workdir / f).parent)]
-    told += [f"{run} is missing, or older than its code or data" for run in _stale(workdir, data_dir)]
+    gone = [f for f in runs if not (workdir / f).exists()]
+    told = [f"{workdir / f} is missing" for f in gone]
+    told += [fault for f in runs if f not in gone for fault in altered((workdir / f).parent)]
+    named = {f"notebooks/{Path(f).parent}.ipynb" for f in gone}
+    told += sorted(f"{run} is missing, or older than its code or data" for run in _stale(workdir, data_dir)
+                   if run.notebook not in named)
     for line in told: print(line)
     print(f"{len(runs)} runs in {workdir}: {len(told)} faults")
     raise typer.Exit(1 if told else 0)
@@ -236,7 +239,7 @@ def score(
     tasks.write_scores(out, tokens, by, show, f"{Path(asked.dataset).stem}, scored by {Path(asked.model).name}")
     scored = f"{tokens['record'].nunique()} records" + (" (more by --records)" if len(chats) == records else "")
     print(f"{len(tokens)} tokens of {scored}: {out / 'tokens.parquet'}, {out / 'tokens.html'}")
-    print(*tasks.summary(tokens, by), sep="\n")
+    print(*tasks.summary(tokens, by, max_length), sep="\n")
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-65
 @app.command()

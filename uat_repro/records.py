@@ -110,7 +110,8 @@ def _conversation(record: dict) -> tuple[list[dict], list[str]]:
                       if field not in FIELDS and not nothing(value)})
     if messages: return messages, unread
     others = f" (fields that are not read: {', '.join(unread)})" if unread else ""
-    raise ValueError(f"record {excerpt(record)} has no response{others}: write one or remove the record")
+    named = f", name its column (--columns prompt=...,completion={unread[0]})" if "." not in (unread or ".")[0] else ""
+    raise ValueError(f"record {excerpt(record)} has no response{others}: write one{named} or remove the record")
 
 def to_messages(
     record: dict,  # one record, in a format of `FORMATS`
@@ -264,7 +265,7 @@ def _records(streams: Iterable, source: str, complain: Callable[[str], None]) ->
         if record["id"] in seen: repeated += 1
         else: yield record
         seen.add(record["id"])
-    if repeated: _log.info("%s: %d repeated records were left out", source, repeated)
+    if repeated: _log.warning("%s: %d repeated records were left out", source, repeated)
 
 # %% ../nbs/api/00_records.ipynb #00-records-41
 def _cluster_number(record: dict) -> int | None:

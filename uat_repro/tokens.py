@@ -148,6 +148,17 @@ def encode_all(
     encoded = Dataset.from_list(_complete(rows))
     return encoded if len(encoded.unique("source")) > 1 else encoded.remove_columns("source")
 
+# %% ../nbs/api/01_tokens.ipynb #01-tokens-20b
+def require_field(
+    row: Mapping,  # a row of a data set, or a batch
+    name: str,  # such as "labels"
+) -> None:
+    "Raise a `ValueError` where a row or a batch has not been encoded."
+    if name in row: return
+    given = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+    raise ValueError(f"there is no {name!r}, only {given}: make rows by encode_all(records, tokenizer), and a batch of "
+                     "rows by Collator(tokenizer)")
+
 # %% ../nbs/api/01_tokens.ipynb #01-tokens-21a
 def _per_token(row: dict, name: str) -> bool:
     "Whether a column has one value for each token."
@@ -158,16 +169,6 @@ def _weights_of(row: dict) -> Tensor:
     try: _check_weights(row["loss_weights"], len(row["labels"]))
     except ValueError as e: raise ValueError(f"record {row.get('id')!r}: {e}") from None
     return torch.as_tensor(row["loss_weights"], dtype=torch.float32)
-
-def require_field(
-    row: Mapping,  # a row of a data set, or a batch
-    name: str,  # such as "labels"
-) -> None:
-    "Raise a `ValueError` where a row or a batch has not been encoded."
-    if name in row: return
-    given = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
-    raise ValueError(f"there is no {name!r}, only {given}: make rows by encode_all(records, tokenizer), and a batch of "
-                     "rows by Collator(tokenizer)")
 
 def _documents(row: dict) -> list[dict]:
     "The documents of a packed row, or the row itself."
