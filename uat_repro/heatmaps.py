@@ -81,10 +81,9 @@ def _map(tokens: pd.DataFrame, score: str, selected="selected", limits=None) -> 
     values, column = tokens[score].to_numpy(float), _of(selected, score)
     ends = _of(limits, score) or score_limits(values)
     beyond = "≥ " if np.nanmax([*values, -math.inf]) > ends[1] else ""
-    unit = "" if score == "weight" else " nats"
     mask = tokens[column].to_numpy(bool) if column in tokens else np.zeros(len(tokens), bool)
     name = _NAMES.get(score, score.replace("_", " "))
-    return _Map(name, f"{ends[0]:.2g}", f"{beyond}{ends[1]:.2g}{unit}", score_colours(values, ends), mask)
+    return _Map(name, f"{ends[0]:.2g}", f"{beyond}{ends[1]:.2g}" + " nats" * (score != "weight"), score_colours(values, ends), mask)
 
 def need_columns(
     tokens: pd.DataFrame,  # a row for each token
@@ -110,8 +109,7 @@ def _visible(token: str) -> tuple[str, int]:
 
 def _tooltip(row: dict, columns: list[str], selected: bool) -> str:
     "Every score of a token, and perhaps its weight, line by line."
-    scores = [f"{c} {row[c]:.3g}" if c == "weight" else f"{c} {row[c]:.3f} nats"
-              for c in columns if np.isfinite(row[c])]
+    scores = [f"{c} {row[c]:.3g}" if c == "weight" else f"{c} {row[c]:.3f} nats" for c in columns if np.isfinite(row[c])]
     return "\n".join([repr(row["token"]), *scores] + (["selected"] if selected else []))
 
 # %% ../nbs/api/15_heatmaps.ipynb #15-heatmaps-25

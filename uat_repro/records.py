@@ -88,11 +88,9 @@ def _follow(before: dict, message: dict, record: dict) -> None:
     raise ValueError(f"record {excerpt(record)} has {wrong}: complete or remove it")
 
 # %% ../nbs/api/00_records.ipynb #00-records-13b
-def _conversation(record: dict) -> tuple[list[dict], list[str]]:
-    "The messages of a record, as from `to_messages`, and its fields that were not read."
-    fields, messages = _Fields(record if isinstance(record, dict) else {}), []
-    fields.read = {"id", "source", "cluster", "weight", "token_weights"}
-    asked, turns = False, _turns(fields, record)
+def _joined(turns: list[tuple], record: dict) -> list[dict]:
+    "The messages of turns, up to the last answer: empty turns are dropped, and neighbours of a role are one."
+    messages, asked = [], False
     for message in (message_of(record, *turn) for turn in turns):
         if message["role"] == "user": asked = bool(message["content"]) or (asked and messages[-1]["role"] == "user")
         said = message["content"] or "tool_calls" in message or message["role"] == "tool"
@@ -101,9 +99,20 @@ def _conversation(record: dict) -> tuple[list[dict], list[str]]:
         if messages and messages[-1]["role"] == message["role"] != "tool": _join(messages[-1], message)
         else: messages.append(message)
     while messages and messages[-1]["role"] != "assistant": messages.pop()
+    return messages
+
+def _tools(fields: dict, turns: list[tuple], record: dict) -> list[dict]:
+    "The tools that a record names, or its first turn."
     holders = fields, *(turn for _, _, *more in turns[:1] for turn in more)
-    try: tools = [tool for holder in holders for tool in read_tools(holder, "tools")]
+    try: return [tool for holder in holders for tool in read_tools(holder, "tools")]
     except TypeError as e: raise ValueError(f"record {excerpt(record)} has {e}: mend or remove them") from None
+
+def _conversation(record: dict) -> tuple[list[dict], list[str]]:
+    "The messages of a record, as from `to_messages`, and its fields that were not read."
+    fields = _Fields(record if isinstance(record, dict) else {})
+    fields.read = {"id", "source", "cluster", "weight", "token_weights"}
+    turns = _turns(fields, record)
+    messages, tools = _joined(turns, record), _tools(fields, turns, record)
     if messages and tools: messages[0]["tools"] = tools
     unread = [field for field, value in fields.items() if field not in fields.read and not nothing(value)]
     unread += sorted({f"turn.{field}" for _, _, *more in turns for turn in more for field, value in turn.items()
