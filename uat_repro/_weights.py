@@ -268,6 +268,9 @@ def _why(error: Exception, name: str, revision: str) -> str:
     except ValueError: found = None  # not the name of a repository
     if isinstance(found, (str, Path)) and (damage := _damaged(Path(found).parent)):
         return f"{damage}: delete it, then download or copy it again"
+    if (adapter := Path(name)/"adapter_config.json").is_file():
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        text = f"it is an adapter of {base!r}, which must be a hub id or a folder that can be loaded: {text}"
     allowed = ", ".join(["a hub id", "a folder with safetensors", "a .gguf file", *PACKAGED_WEIGHTS, *TINY])
     return f"{text[:400]} (allowed: {allowed})"
 
