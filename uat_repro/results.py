@@ -25,7 +25,7 @@ from textwrap import shorten
 import pandas as pd, yaml
 from pyarrow import ArrowInvalid
 
-_REMAKE = "delete it, and `uat-repro reproduce` makes it again"
+_REMAKE = "delete it, and the command that made it (`uat-repro reproduce`, `train`) makes it again"
 
 # %% ../nbs/api/11_results.ipynb #11-results-05
 def write_whole(
