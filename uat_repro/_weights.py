@@ -278,6 +278,9 @@ def _why(error: Exception, name: str, revision: str) -> str:
         return f"{damage}: delete it, then download or copy it again"
     if name.startswith((".", "/", "~")) and not Path(name).exists(): text = "there is no such folder or file"
     if near := get_close_matches(name, [*PACKAGED_WEIGHTS, *TINY], 1): text = f"did you mean {near[0]!r}? {text[:300]}"
+    if (adapter := Path(name)/"adapter_config.json").is_file():
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        text = f"it is an adapter of {base!r}, which must be a hub id or a folder that can be loaded: {text}"
     allowed = ", ".join(["a hub id", "a folder with safetensors", "a .gguf file", *PACKAGED_WEIGHTS, *TINY])
     return f"{text[:400]} (allowed: {allowed})"
 

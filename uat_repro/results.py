@@ -26,7 +26,7 @@ from typing import Any
 import pandas as pd, yaml
 from pyarrow import ArrowInvalid
 
-_REMAKE = "delete it, and `uat-repro reproduce` makes it again"
+_REMAKE = "delete it, and the command that made it (`uat-repro reproduce`, `train`) makes it again"
 
 # %% ../nbs/api/11_results.ipynb #11-results-05
 def write_whole(

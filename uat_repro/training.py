@@ -8,7 +8,7 @@ Docs: https://uat-repro.github.io/uat-repro/api/training.html.md"""
 __all__ = ['TokenLog', 'ObjectiveMixin', 'UncertaintyAwareTrainer', 'AtSteps', 'train_in_memory']
 
 # %% ../nbs/api/09_training.ipynb #09-training-03
-import json, logging, math, os, tempfile, time
+import json, logging, math, os, tempfile, time, zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 from datasets import Dataset
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -217,12 +218,26 @@ def _check_devices(gpus: int) -> None:
                          "set CUDA_VISIBLE_DEVICES to one of them, or start with `accelerate launch`")
 
 # %% ../nbs/api/09_training.ipynb #09-training-29
+def _complete_file(file: Path) -> bool:
+    "Whether a file can be read to its end, as far as its kind tells."
+    try:
+        if file.suffix == ".json": return bool(json.loads(file.read_text(encoding="utf-8")))
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt"): return True
+    except (OSError, ValueError, SafetensorError): return False
+    return file.suffix not in (".pt", ".pth", ".bin") or zipfile.is_zipfile(file)  # torch writes archives
+
+def _complete(checkpoint: Path) -> bool:
+    "Whether a checkpoint was written to its end and has lost nothing that a training goes on from."
+    files = [*checkpoint.iterdir()]
+    alone = len({"optimizer.pt", "scheduler.pt"} & {file.name for file in files}) == 1
+    divided = any(file.is_dir() for file in files)  # an optimizer of several processes has a folder
+    return (checkpoint / "trainer_state.json").exists() and (divided or not alone) and all(map(_complete_file, files))
+
 def _last_whole(folder: str | Path) -> str:
-    "The last checkpoint in a folder that was written to its end; a `ValueError` if there is none."
-    def whole(path: Path) -> bool:
-        try: return bool(json.loads((path / "trainer_state.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError): return False
-    found = {int(p.name.rpartition("-")[2]): p for p in Path(folder).glob("checkpoint-*") if whole(p)}
+    "The last complete checkpoint in a folder; a `ValueError` if there is none."
+    steps = {path: path.name.rpartition("-")[2] for path in Path(folder).glob("checkpoint-*")}
+    found = {int(step): path for path, step in steps.items() if step.isdigit() and _complete(path)}
     if not found: raise ValueError(f"{folder} has no whole checkpoint to go on from: start from the beginning")
     return str(found[max(found)])
 
