@@ -8,13 +8,11 @@ Docs: https://uat-repro.github.io/uat-repro/api/card.html.md"""
 __all__ = ['model_card']
 
 # %% ../nbs/api/18d_card.ipynb #18d-card-03
-from dataclasses import fields
 from pathlib import Path
 
 import yaml
 
 from ._weights import PACKAGED_WEIGHTS
-from .objective import Objective
 from .records import HUB
 from .results import markdown_table
 
@@ -30,10 +28,9 @@ def _front(arguments: dict) -> str:
     return yaml.safe_dump({name: value for name, value in known.items() if value}, sort_keys=False)
 
 # %% ../nbs/api/18d_card.ipynb #18d-card-08
-def _settings(objective: str) -> str:
+def _settings(chosen: dict) -> str:
     "A table of the fields of an objective."
-    chosen = Objective.preset(objective)
-    return markdown_table(["setting", "value"], [[f.name, getattr(chosen, f.name)] for f in fields(chosen)])
+    return markdown_table(["setting", "value"], list(chosen.items()))
 
 def _losses(made: dict) -> str:
     "What was measured on records that were held out."
@@ -60,7 +57,7 @@ def model_card(
             "Trained with a token-level uncertainty-aware objective (T. Liu, A. S. Benjamin, A. M. Zador, "
             "[arXiv 2503.16511](https://arxiv.org/abs/2503.16511)) by "
             "[uat_repro](https://uat-repro.github.io/uat-repro).",
-        f"## Objective: {made['objective']}": _settings(made["objective"]),
+        f"## Objective: {made['objective']}": _settings(made["settings"]),
         "## Data": f"{made['documents']} records of {data}; SHA-256 of their ids begins with `{digest}`{files}.",
         f"## Losses after {made['steps']} steps": _losses(made),
         "## Again": "`uat-repro train --config config.yaml`, where `config.yaml` is\n\n```yaml\n"

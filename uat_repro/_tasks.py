@@ -6,8 +6,8 @@ Docs: https://uat-repro.github.io/uat-repro/api/tasks.html.md"""
 
 # %% auto #0
 __all__ = ['load', 'read_records', 'read_rows', 'mark_selected', 'scored', 'write_scores', 'least_sure', 'kind_of',
-           'selected_kinds', 'alike', 'harm', 'full', 'summary', 'train_model', 'sides', 'second', 'digest',
-           'keep_start', 'keep_run', 'keep_config', 'keep_card', 'trainer_arguments', 'run_training']
+           'selected_kinds', 'alike', 'harm', 'full', 'summary', 'asked_objective', 'train_model', 'sides', 'second',
+           'digest', 'keep_start', 'keep_run', 'keep_config', 'keep_card', 'trainer_arguments', 'run_training']
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-03
 import hashlib, math, re, sys, time
@@ -146,11 +146,17 @@ def summary(tokens: pd.DataFrame, by: str, max_length: int) -> list[str]:
     return [*least_sure(tokens, by), *filter(None, more)]
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-14
-def train_model(model, tokenizer, rows, validation, objective: str, lora=False, reference=None, resume=False, **args):
+def asked_objective(asked) -> Objective:
+    "The preset that the arguments of `train` name, with its fields as `changes` sets them."
+    pairs = [pair.strip().partition("=") for pair in asked.changes.split(",")] if asked.changes else []
+    if not all(field and value for field, _, value in pairs):
+        raise ValueError(f"--changes is {asked.changes!r}: write field=value, such as keep=0.1,distill_weight=0.5")
+    return Objective.preset(asked.objective, **{field: yaml.safe_load(value) for field, _, value in pairs})
+
+def train_model(model, tokenizer, rows, validation, chosen: Objective, lora=False, reference=None, resume=False, **args):
     "The Trainer after training, and the validation loss (nats per token) before and after, if anything is held out."
-    chosen = Objective.preset(objective)
     if chosen.needs_reference and reference is None:
-        raise ValueError(f"{objective} compares with a model that was trained on such data: pass it by --reference")
+        raise ValueError("the objective compares with a model that was trained on such data: pass it by --reference")
     model, teacher = add_lora(model) if lora else model, None
     if chosen.needs_teacher:  # the reference, or the initial model
         initial = AdapterTeacher if lora else FrozenTeacher
@@ -243,7 +249,7 @@ def trainer_arguments(asked) -> dict:
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-40
 def run_training(asked) -> None:
     "Load, read, train and keep, as the arguments of `train` say."
-    Objective.preset(asked.objective)  # a misspelt name is told before anything is loaded
+    chosen = asked_objective(asked)  # a misspelt name is told before anything is loaded
     if asked.push_to_hub: hub.whoami()  # and so is a missing login
     began, (network, tokenizer) = time.time(), load(asked.model, asked.chat_template)
     rows, held_out = sides(lambda part, limit: read_rows(asked, part, limit, tokenizer), asked.documents)
@@ -251,13 +257,13 @@ def run_training(asked) -> None:
     other = reference and second(reference, tokenizer)
     made = manifest(asked.seed, {name: digest(rows)}, {spec: weights_hash(network)})
     source = Path(asked.dataset)
-    about = dict(dataset=name, model=spec, objective=asked.objective, documents=len(rows), manifest=made,
-                 files=file_hash(source) if source.is_file() else files_digest(asked.dataset, asked.data_dir))
-    start = dict(data=made["data"], weights=made["weights"], objective=asked.objective, lora=asked.lora,
+    about = dict(dataset=name, model=spec, objective=asked.objective, settings=vars(chosen), documents=len(rows),
+                 manifest=made, files=file_hash(source) if source.is_file() else files_digest(asked.dataset, asked.data_dir))
+    start = dict(data=made["data"], weights=made["weights"], objective=vars(chosen), lora=asked.lora,
                  seed=asked.seed, reference=reference and Path(reference).name)
     keep_start(asked.out, start, asked.resume)
     keep_config(asked)
-    trainer, losses = train_model(network, tokenizer, rows, held_out, asked.objective, asked.lora, other, asked.resume,
+    trainer, losses = train_model(network, tokenizer, rows, held_out, chosen, asked.lora, other, asked.resume,
                                   **trainer_arguments(asked))
     keep_run(asked.out, trainer, losses, about, began)
     keep_card(asked)

@@ -239,7 +239,7 @@ def score(
     tasks.write_scores(out, tokens, by, show, f"{Path(asked.dataset).stem}, scored by {Path(asked.model).name}")
     scored = f"{tokens['record'].nunique()} records" + (" (more by --records)" if len(chats) == records else "")
     print(f"{len(tokens)} tokens of {scored}: {out / 'tokens.parquet'}, {out / 'tokens.html'}")
-    print(*tasks.summary(tokens, by, max_length), sep="\n")
+    print(*tasks.summary(tokens, by, asked.max_length), sep="\n")
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-65
 @app.command()

@@ -9,6 +9,7 @@ __all__ = ['GRANULARITIES', 'SCOPES', 'ORDERS', 'count_kept', 'check_selection',
 
 # %% ../nbs/api/06_masking.ipynb #06-masking-03
 import math
+from numbers import Real
 
 import torch
 import torch.distributed as dist
@@ -60,8 +61,8 @@ def check_selection(
     order: str,  # one of `ORDERS`
 ) -> None:
     "Raise a `ValueError` that says what was given and what is allowed."
-    if not 0 <= keep <= 1:
-        raise ValueError(f"keep is {keep}; it is the share of response tokens to train on, between 0 and 1")
+    if not (isinstance(keep, Real) and 0 <= keep <= 1):
+        raise ValueError(f"keep is {keep!r}; it is the share of response tokens to train on, between 0 and 1")
     choices = ("granularity", granularity, GRANULARITIES), ("scope", scope, SCOPES), ("order", order, ORDERS)
     for name, given, allowed in choices:
         if given not in allowed: raise ValueError(f"{name} is {given!r}; allowed are {', '.join(allowed)}")

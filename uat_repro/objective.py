@@ -106,15 +106,13 @@ def top_entropy(
     log_p = logits.topk(k).values.log_softmax(-1)  # (..., k)
     return -(log_p.exp() * log_p).sum(-1) / math.log(k)
 
-class Weight(Rule):
-    "How much a selected token counts."
+class Weight(Rule): "How much a selected token counts."
 
 def _log_ratio(scored: Scored) -> Tensor: return scored.teacher.loss - scored.scores.loss  # (N,) ln r
 
 def _clipped_ratio(scored: Scored) -> Tensor:
     "r, and 0 where it is beyond 1.28: the slope of min(r, clip(r, 0.8, 1.28)) with respect to ln r (PSFT)."
-    ratio = _log_ratio(scored).exp()
-    return ratio.where(ratio <= 1.28, 0)
+    return (r := _log_ratio(scored).exp()).where(r <= 1.28, 0)
 
 def _document_ratio(scored: Scored) -> Tensor:
     "The geometric mean of r over the token's document, at most 16 (iw-SFT)."
@@ -158,6 +156,8 @@ def _check(o: "Settings") -> None:
     _rule("metric", o.metric, METRICS)
     if o.weight is not None: _rule("weight", o.weight, WEIGHTS)
     if o.distill_on not in ("rest", "all"): raise ValueError(f"distill_on is {o.distill_on!r}; allowed are rest, all")
+    for name in ("distill_weight", "temperature"):
+        if isinstance(x := getattr(o, name), str): raise ValueError(f"{name} is {x!r}: give a number")
     if o.distill_weight < 0:
         raise ValueError(f"distill_weight is {o.distill_weight}; it multiplies a divergence and cannot be negative")
     if o.temperature <= 0: raise ValueError(f"temperature is {o.temperature}; it divides logits and must be positive")
@@ -312,8 +312,8 @@ def _equation_9(o: Settings, scored: Scored, states: Tensor, second: tuple, tota
         states, layout.targets, scored.head, per_selected * weights, o.distill_weight * per_distilled * kl_weights,
         second[0], second[1], o.temperature, log_z)
     mle, distill = _mean(weights * losses, layout.weights[selected]), _mean(kl_weights * kl, kl_weights)
-    shown = map(layout.spread, (selected, scores.loss, scores.entropy, scores.correct))
-    chosen, token_losses, entropies, correct = shown  # (B, T)
+    shown = selected, scores.loss, scores.entropy, scores.correct
+    chosen, token_losses, entropies, correct = map(layout.spread, shown)  # (B, T)
     return ObjectiveOutput(loss, mle, distill, chosen == 1, token_losses, entropies, correct == 1)
 
 # %% ../nbs/api/08_objective.ipynb #08-objective-47
@@ -322,6 +322,7 @@ class Objective(Settings):
     @classmethod
     def preset(cls, name: str, **changes) -> "Objective":
         "The objective of that name in `PRESETS`, with some fields set differently."
+        for field in changes: _named("a field of the objective", field, cls.__dataclass_fields__)
         return cls(**{**_named("preset", name, PRESETS), **changes})
 
     def counts(self, batch: Mapping) -> Tensor:
