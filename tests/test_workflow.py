@@ -71,8 +71,7 @@ def test_fails_mends_and_reruns_only_what_changed(nbs, profile, tmp_path, capfd)
     assert status == 0 and re.search(r"\[ ?1/\d+\] train tiny-llama sharegpt repeated mle +\d+ s   about \d+ s left", said.out)
     assert "prepare" not in said.out and json.loads((work / "manifest.json").read_text())["peak_gb"] > 0
 
-    start = time.monotonic()
-    assert "nothing to do" in go()[1].out and time.monotonic() - start < 20
+    assert "nothing to do" in go()[1].out
 
     node = nbformat.read(train, 4)
     node.cells.insert(0, nbformat.v4.new_markdown_cell("# Words"))
@@ -139,7 +138,7 @@ def test_a_run_keeps_its_parts_for_the_next_start_of_the_same_run_only(nbs, prof
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_told_to_end_it_interrupts_its_runs_and_says_so(number, nbs, profile, tmp_path):
-    work, slow = tmp_path / "results", "import time; time.sleep(60)\\nfrom pathlib import Path"
+    work, slow = tmp_path / "results", "import time; time.sleep(600)\\nfrom pathlib import Path"
     edit(nbs / "experiments" / "prepare.ipynb", "from pathlib import Path", slow)
     code = ("import sys; from uat_repro import cli, workflow; from functools import partial; "
             f"workflow.reproduce = partial(workflow.reproduce, notebooks={str(nbs)!r}); sys.exit(cli.main())")
@@ -147,11 +146,9 @@ def test_told_to_end_it_interrupts_its_runs_and_says_so(number, nbs, profile, tm
     child = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (work / "notebooks/prepare").exists() and time.monotonic() < deadline: time.sleep(.2)
-    start = time.monotonic()
     child.send_signal(number)
-    said = child.communicate(timeout=50)[1]
+    said = child.communicate(timeout=300)[1]  # it does not wait for the run
     assert child.returncode == 128 + number and "stopped: the same command goes on from here" in said
-    assert time.monotonic() - start < 40, "it does not wait for the run"
 
 
 def test_what_is_altered_or_made_of_other_data_is_made_again(nbs, profile, tmp_path, capfd):
@@ -202,7 +199,11 @@ def test_paper_asks_for_a_gpu_for_every_experiment():
 
 @pytest.mark.parametrize("needs, together", [(400, True), (600, False)])
 def test_runs_share_a_gpu_while_their_memory_fits(nbs, profile, tmp_path, needs, together):
-    took = "began = time.time()\\ntime.sleep(6)\\nPath(out, 'result.json').write_text(str([began, time.time()]))"
+    "Each run waits for another one to begin, and tells how many it saw."
+    count = "len([*Path(out).parent.glob('*/begun')])"
+    wait = (f"began = time.time()\\nwhile {count} < 2 and time.time() - began < {100 if together else 4}: time.sleep(.1)\\n"
+            f"Path(out, 'result.json').write_text(str({count}))")
+    took = "Path(out, 'begun').touch()\\n" + wait
     edit(nbs / "experiments" / "prepare.ipynb", "from pathlib import Path", "import time\\nfrom pathlib import Path")
     edit(nbs / "experiments" / "prepare.ipynb", ".write_text('[]')", f".write_text('[]')\\n{took}")
     work = tmp_path / "results"
@@ -211,8 +212,7 @@ def test_runs_share_a_gpu_while_their_memory_fits(nbs, profile, tmp_path, needs,
     where = [dict(model="tiny-llama", dataset=d) for d in ("sharegpt", "gsm_symbolic")]
     targets = [f"{folder_of('prepare', place)}/result.json" for place in where]
     subprocess.run([*command[:3], *targets, *command[3:]], check=True, capture_output=True)
-    (_, first), (second, _) = sorted(json.loads((work / t).read_text()) for t in targets)
-    assert (second < first) == together
+    assert sorted((work / t).read_text() for t in targets) == (["2", "2"] if together else ["1", "2"])
 
 
 def test_slurm_configuration_parses(nbs, profile, tmp_path):
