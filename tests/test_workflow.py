@@ -143,7 +143,9 @@ def test_told_to_end_it_interrupts_its_runs_and_says_so(number, nbs, profile, tm
     code = ("import sys; from uat_repro import cli, workflow; from functools import partial; "
             f"workflow.reproduce = partial(workflow.reproduce, notebooks={str(nbs)!r}); sys.exit(cli.main())")
     command = [sys.executable, "-c", code, "reproduce", "--profile", profile(), "--workdir", str(work)]
-    child = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    heard = lambda: signal.signal(number, signal.SIG_DFL)  # also where the tests themselves run under nohup
+    child = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                             preexec_fn=heard)
     deadline = time.monotonic() + 120
     while not (work / "notebooks/prepare").exists() and time.monotonic() < deadline: time.sleep(.2)
     child.send_signal(number)

@@ -8,7 +8,7 @@ Docs: https://uat-repro.github.io/uat-repro/api/signals.html.md"""
 __all__ = ['Terminated', 'terminable', 'end_family', 'follow_parent']
 
 # %% ../nbs/api/17d_signals.ipynb #17d-signals-03
-import ctypes, signal, subprocess, sys, threading
+import ctypes, signal, subprocess, sys, threading, time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -32,10 +32,12 @@ def terminable() -> Iterator[None]:
 def end_family(
     child: subprocess.Popen,  # a process that this one has started
 ) -> None:
-    "End a child, which then starts nothing more, and all that it has started."
-    family = psutil.Process(child.pid)
-    for process in [family, *family.children(recursive=True)]:
-        with suppress(psutil.NoSuchProcess): process.terminate()
+    "End a child and all that it has started, or was about to start."
+    while child.poll() is None:
+        with suppress(psutil.NoSuchProcess):  # one of them has just ended
+            parent = psutil.Process(child.pid)
+            for process in [*parent.children(recursive=True), parent]: process.terminate()  # it knows them while it lives
+        time.sleep(.1)
 
 def follow_parent() -> None:
     "Called in the child: be told when the parent ends (Linux)."
