@@ -8,7 +8,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from uat_repro._verify import sealed, state_of
 from uat_repro.results import AXES, catalogue, claim_folder, figures, folder_of, result_files, runs_of, write_json
 from uat_repro._code import code_digest, known_parameters
-from uat_repro.workflow import FLOW, load_profile, plan, reproduce, snakemake_command
+from uat_repro.workflow import FLOW, load_profile, parameters, plan, reproduce, snakemake_command
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS, FIGURES = catalogue()["experiments"], catalogue()["figures"]
@@ -244,6 +244,17 @@ def test_profiles_fit_the_notebooks(name, tmp_path):
     if name in ("cpu", "cpu-1b", "gpu"): return  # they leave everything else to cpu-full
     assert p["posteriors"]["candidates"] == p["uncertainty"]["candidates"], "E9 shows what the rule chose from"
     assert {FIGURES[f]["notebook"] for f in figures(p)} == {f["notebook"] for f in FIGURES.values()}, "every figure notebook is used"
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (FLOW / "profiles").glob("*.yaml")))
+def test_what_other_results_read_is_kept_by_the_training_runs(name, tmp_path):
+    "Lists of a profile replace those of its base, so what the base asked for can be lost."
+    for dataset in ("alpaca", "gsm8k"): (tmp_path / f"{dataset}.json").write_text("[]")
+    conf = load_profile(name, tmp_path)
+    for run in runs_of(conf, "learnability"):
+        assert parameters(conf, "train", regime="one_pass", objective="mle", **run)["keep_states"]
+    followed = [run for run in runs_of(conf, "train") if parameters(conf, "train", **run).get("track")]
+    assert followed or "fig4" not in figures(conf)
 
 
 def test_figures_come_as_soon_as_they_can():
