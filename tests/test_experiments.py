@@ -57,12 +57,14 @@ def test_a_run_that_is_killed_goes_on_behind_its_last_whole_seed(tmp_path):
     while not first.exists() and process.poll() is None: time.sleep(.05)
     assert process.poll() is None
     process.kill()
+    (first.parent / "of").touch()  # as the workflow vouches for it
     records = pd.read_parquet(first / "records.parquet")
     records.assign(nll=records["nll"] + 1).to_parquet(first / "records.parquet")  # shows that it is read
     assert go("killed").wait() == 0
     straight, killed = (pd.read_parquet(tmp_path / out / "records.parquet") for out in ("straight", "killed"))
     pd.testing.assert_frame_equal(straight.assign(nll=straight["nll"] + (straight["seed"] == 0)), killed, check_exact=True)
     assert not first.parent.exists()
+    assert [json.loads((tmp_path / out / "cost.json").read_text())["resumed"] for out in ("straight", "killed")] == [False, True]
 
 
 def test_columns_are_renamed_and_unusable_records_are_counted(tmp_path, monkeypatch):

@@ -80,11 +80,12 @@ def part(
     name: str,  # of the part, in the name of a file
     make: Callable[[], Mapping[str, pd.DataFrame]],  # name -> table
 ) -> dict[str, pd.DataFrame]:  # the same tables
-    "A part of a run: made and kept, or read if an earlier start of this run has made it."
-    done = Path(out, PARTS, name)
-    if not done.exists():
-        for key, table in make().items(): write_frame(done.with_name(f".{name}") / f"{key}.parquet", table)
-        done.with_name(f".{name}").rename(done)
+    "A part of a run: made and kept, or read where the workflow vouches that an earlier start of this run has made it."
+    done, unfinished = (Path(out, PARTS, prefix + name) for prefix in ("", "."))
+    if not (done.exists() and Path(out, PARTS, "of").exists()):
+        for left in (done, unfinished): shutil.rmtree(left, ignore_errors=True)
+        for key, table in make().items(): write_frame(unfinished / f"{key}.parquet", table)
+        unfinished.rename(done)
     return {file.stem: pd.read_parquet(file) for file in sorted(done.iterdir())}
 
 # %% ../nbs/api/14_experiments.ipynb #14-experiments-10
@@ -101,7 +102,8 @@ def finish(
 ) -> None:
     "Write tables, cost and, last, `result.json`."
     for name, table in tables.items(): write_frame(f"{out}/{name}.parquet", table)
-    write_json(f"{out}/cost.json", cost(started, **more))
+    resumed = any(made.stat().st_mtime < started for made in Path(out, PARTS).glob("*/"))  # it took more than is told
+    write_json(f"{out}/cost.json", cost(started, resumed=resumed, **more))
     shutil.rmtree(Path(out, PARTS), ignore_errors=True)  # all is in the tables
     made_with = manifest(seeds, data=data, weights=weights)
     write_json(f"{out}/result.json", sealed(dict(identity=dict(identity), **about, manifest=made_with), out))
