@@ -150,3 +150,10 @@ def test_calls_that_cannot_be_used(messages, complaint):
 @pytest.mark.parametrize("tools", [[{}], ["weather"], [dict(function="weather")], "weather", 7])
 def test_tools_that_are_none(tools):
     fails("record ", "tools that are no list of functions", call=lambda: to_messages(record(USER, said("4"), tools=tools)))
+
+
+def test_tools_on_a_later_turn_are_named(tmp_path, caplog):
+    late = dict(messages=[USER, said("", call("Rome")) | dict(tools=TOOLS)])
+    (tmp_path / "late.jsonl").write_text(json.dumps(late))
+    assert "tools" not in load_records(str(tmp_path / "late.jsonl"), "all")[0]["messages"][0]
+    assert "field 'turn.tools' is not read" in caplog.text

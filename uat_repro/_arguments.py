@@ -85,7 +85,7 @@ class Training(Reading):
     "The arguments of `train`."
     config: Config = None
     objective: option(str, help="A preset: mle, masked_mle, combined, mle_kl, rho1, stm, dft, ...") = "combined"
-    changes: option(str, help="Fields of the preset that are set differently, such as keep=0.1,distill_weight=0.5.") = ""
+    changes: option(str, help="Fields of the preset to set differently, such as keep=0.1,distill_weight=0.5.") = ""
     out: option(Path, help="Folder for the model and its log.") = Path("trained")
     documents: option(int, min=1, help="Records to train on.") = 1000
     epochs: option(float, help="Passes over them.") = 1.0

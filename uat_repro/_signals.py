@@ -35,8 +35,8 @@ def end_family(
     "End a child and all that it has started, or was about to start."
     while child.poll() is None:
         with suppress(psutil.NoSuchProcess):  # one of them has just ended
-            parent = psutil.Process(child.pid)
-            for process in [*parent.children(recursive=True), parent]: process.terminate()  # it knows them while it lives
+            parent = psutil.Process(child.pid)  # the last one, for it knows the others while it lives
+            for process in [*parent.children(recursive=True), parent]: process.terminate()
         time.sleep(.1)
 
 def follow_parent() -> None:

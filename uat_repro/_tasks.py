@@ -10,7 +10,7 @@ __all__ = ['load', 'read_records', 'read_rows', 'mark_selected', 'scored', 'writ
            'digest', 'keep_start', 'keep_run', 'keep_config', 'keep_card', 'trainer_arguments', 'run_training']
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-03
-import hashlib, math, re, sys, time
+import ast, hashlib, math, re, sys, time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -146,14 +146,19 @@ def summary(tokens: pd.DataFrame, by: str, max_length: int) -> list[str]:
     return [*least_sure(tokens, by), *filter(None, more)]
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-14
+def _value(text: str) -> object:
+    "A number, or whatever else Python writes so; the text itself if it is none."
+    try: return ast.literal_eval(text)
+    except (SyntaxError, ValueError): return text
+
 def asked_objective(asked) -> Objective:
     "The preset that the arguments of `train` name, with its fields as `changes` sets them."
     pairs = [pair.strip().partition("=") for pair in asked.changes.split(",")] if asked.changes else []
     if not all(field and value for field, _, value in pairs):
         raise ValueError(f"--changes is {asked.changes!r}: write field=value, such as keep=0.1,distill_weight=0.5")
-    return Objective.preset(asked.objective, **{field: yaml.safe_load(value) for field, _, value in pairs})
+    return Objective.preset(asked.objective, **{field: _value(text) for field, _, text in pairs})
 
-def train_model(model, tokenizer, rows, validation, chosen: Objective, lora=False, reference=None, resume=False, **args):
+def train_model(model, tokenizer, rows, validation, chosen, lora=False, reference=None, resume=False, **args):
     "The Trainer after training, and the validation loss (nats per token) before and after, if anything is held out."
     if chosen.needs_reference and reference is None:
         raise ValueError("the objective compares with a model that was trained on such data: pass it by --reference")
@@ -258,7 +263,8 @@ def run_training(asked) -> None:
     made = manifest(asked.seed, {name: digest(rows)}, {spec: weights_hash(network)})
     source = Path(asked.dataset)
     about = dict(dataset=name, model=spec, objective=asked.objective, settings=vars(chosen), documents=len(rows),
-                 manifest=made, files=file_hash(source) if source.is_file() else files_digest(asked.dataset, asked.data_dir))
+                 files=file_hash(source) if source.is_file() else files_digest(asked.dataset, asked.data_dir),
+                 manifest=made)
     start = dict(data=made["data"], weights=made["weights"], objective=vars(chosen), lora=asked.lora,
                  seed=asked.seed, reference=reference and Path(reference).name)
     keep_start(asked.out, start, asked.resume)

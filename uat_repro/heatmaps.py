@@ -82,8 +82,8 @@ def _map(tokens: pd.DataFrame, score: str, selected="selected", limits=None) -> 
     ends = _of(limits, score) or score_limits(values)
     beyond = "≥ " if np.nanmax([*values, -math.inf]) > ends[1] else ""
     mask = tokens[column].to_numpy(bool) if column in tokens else np.zeros(len(tokens), bool)
-    name = _NAMES.get(score, score.replace("_", " "))
-    return _Map(name, f"{ends[0]:.2g}", f"{beyond}{ends[1]:.2g}" + " nats" * (score != "weight"), score_colours(values, ends), mask)
+    low, high = f"{ends[0]:.2g}", f"{beyond}{ends[1]:.2g}" + " nats" * (score != "weight")
+    return _Map(_NAMES.get(score, score.replace("_", " ")), low, high, score_colours(values, ends), mask)
 
 def need_columns(
     tokens: pd.DataFrame,  # a row for each token
@@ -109,7 +109,8 @@ def _visible(token: str) -> tuple[str, int]:
 
 def _tooltip(row: dict, columns: list[str], selected: bool) -> str:
     "Every score of a token, and perhaps its weight, line by line."
-    scores = [f"{c} {row[c]:.3g}" if c == "weight" else f"{c} {row[c]:.3f} nats" for c in columns if np.isfinite(row[c])]
+    told = lambda c: f"{c} {row[c]:.3g}" if c == "weight" else f"{c} {row[c]:.3f} nats"
+    scores = [told(c) for c in columns if np.isfinite(row[c])]
     return "\n".join([repr(row["token"]), *scores] + (["selected"] if selected else []))
 
 # %% ../nbs/api/15_heatmaps.ipynb #15-heatmaps-25
@@ -129,8 +130,7 @@ def _figure_html(shown: _Map, rows: list[dict], columns: list[str]) -> str:
     key = f'<span class="key">{shown.low} {bar} {shown.high}{underlined}</span>'
     tips = [_tooltip(row, columns, selected) for row, selected in zip(rows, shown.selected)]
     spans = "".join(map(_span, (row["token"] for row in rows), shown.colours, shown.selected, tips))
-    caption = f"<figcaption><b>{html.escape(shown.name)}</b> {key}</figcaption>"
-    return f"<figure>{caption}<div>{spans}</div></figure>"
+    return f"<figure><figcaption><b>{html.escape(shown.name)}</b> {key}</figcaption><div>{spans}</div></figure>"
 
 # %% ../nbs/api/15_heatmaps.ipynb #15-heatmaps-26
 _CSS = """<style>.uat{max-width:62em;color:#1a1a1a;background:#fff;

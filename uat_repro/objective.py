@@ -156,7 +156,7 @@ def _check(o: "Settings") -> None:
     _rule("metric", o.metric, METRICS)
     if o.weight is not None: _rule("weight", o.weight, WEIGHTS)
     if o.distill_on not in ("rest", "all"): raise ValueError(f"distill_on is {o.distill_on!r}; allowed are rest, all")
-    for name in ("distill_weight", "temperature"):
+    for name in ("distill_weight", "temperature", "threshold"):
         if isinstance(x := getattr(o, name), str): raise ValueError(f"{name} is {x!r}: give a number")
     if o.distill_weight < 0:
         raise ValueError(f"distill_weight is {o.distill_weight}; it multiplies a divergence and cannot be negative")

@@ -21,6 +21,7 @@ import matplotlib as mpl, matplotlib.pyplot as plt, numpy as np, pandas as pd, s
 from matplotlib.pyplot import Axes, Figure, Rectangle
 
 from .effects import MARGINS, RUN, Effect
+from .heatmaps import need_columns
 from .results import write_whole
 
 # %% ../nbs/api/16_plots.ipynb #16-plots-06
@@ -33,13 +34,14 @@ class Look(NamedTuple):
 OBJECTIVES = dict(
     mle=Look("MLE", "#4d4d4d", "o"), masked_mle=Look("masked MLE", "#d55e00", "s"),
     document_masked_mle=Look("document-masked MLE", "#e69f00", "D"),
-    random_masked_mle=Look("random tokens", "#cc79a7", "^"), self_distillation=Look("self-distillation", "#009e73", "v"),
-    combined=Look("combined", "#0072b2", "P"), mle_kl=Look("MLE + KL", "#56b4e9", "X"),
-    bottom_masked_mle=Look("bottom tokens", "#b59f6f", "8"), rho1=Look("Rho-1", "#8c510a", "p"),
-    stm=Look("STM", "#762a83", "<"), dft=Look("DFT", "#1b7837", ">"), asft=Look("ASFT", "#5aae61", "d"),
-    eaft=Look("EAFT", "#b2182b", "*"), mle_slow=Look("MLE, lower rate", "#a6a6a6", "h"),
-    p10=Look("p^10", "#dfc27d", (4, 1, 0)), profit=Look("ProFit", "#80cdc1", (3, 1, 0)),
-    iw_sft=Look("iw-SFT", "#01665e", (6, 1, 0)), psft=Look("PSFT", "#c51b7d", (8, 1, 0)))
+    random_masked_mle=Look("random tokens", "#cc79a7", "^"),
+    self_distillation=Look("self-distillation", "#009e73", "v"), combined=Look("combined", "#0072b2", "P"),
+    mle_kl=Look("MLE + KL", "#56b4e9", "X"), bottom_masked_mle=Look("bottom tokens", "#b59f6f", "8"),
+    rho1=Look("Rho-1", "#8c510a", "p"), stm=Look("STM", "#762a83", "<"), dft=Look("DFT", "#1b7837", ">"),
+    asft=Look("ASFT", "#5aae61", "d"), eaft=Look("EAFT", "#b2182b", "*"),
+    mle_slow=Look("MLE, lower rate", "#a6a6a6", "h"), p10=Look("p^10", "#dfc27d", (4, 1, 0)),
+    profit=Look("ProFit", "#80cdc1", (3, 1, 0)), iw_sft=Look("iw-SFT", "#01665e", (6, 1, 0)),
+    psft=Look("PSFT", "#c51b7d", (8, 1, 0)))
 
 # %% ../nbs/api/16_plots.ipynb #16-plots-09
 LABELS = {name: how.label for name, how in OBJECTIVES.items()} | {
@@ -78,12 +80,6 @@ def theme():
     return mpl.rc_context(_STYLE)
 
 # %% ../nbs/api/16_plots.ipynb #16-plots-16
-def _check(frame: pd.DataFrame, *columns: str) -> None:
-    "Refuse a table that is empty or lacks a column."
-    missing = [c for c in columns if c not in frame]
-    if frame.empty: raise ValueError("the table has no rows; check that the runs it is made from are there")
-    if missing: raise ValueError(f"no column {', '.join(missing)}; the table has {', '.join(map(str, frame))}")
-
 def _values(frame: pd.DataFrame, keys: list[str]) -> list[tuple]:
     "The combinations of values that occur, sorted; one empty combination where there are no keys."
     if not keys: return [()]
@@ -127,7 +123,7 @@ def plot_correlations(
     frame: pd.DataFrame,  # one row for each effect: model, dataset, uncertainty, score, estimate, low, high
 ) -> Figure:  # a panel for each data set (downwards) and model (across)
     "Heat maps of rank correlations between uncertainties and scores."
-    _check(frame, "model", "dataset", "uncertainty", "score", "estimate", "low", "high")
+    need_columns(frame, "model", "dataset", "uncertainty", "score", "estimate", "low", "high")
     rows, columns = (list(dict.fromkeys(frame[c])) for c in ("uncertainty", "score"))
     frame = frame.assign(**{c: pd.Categorical(frame[c], frame[c].unique()) for c in ("model", "dataset")})
     draw, size = partial(_draw_correlations, rows=rows, columns=columns), (1.3, 1.25 * len(columns) + .3)
@@ -188,7 +184,7 @@ def plot_gains(
     note: str = "",  # a line below it, such as the learning rate
 ) -> Figure:  # a grid of panels
     "Gains with intervals and seeds, grouped by objective."
-    _check(frame, "objective", "estimate", "low", "high", "per_seed", *rows, *columns)
+    need_columns(frame, "objective", "estimate", "low", "high", "per_seed", *rows, *columns)
     objectives = _ordered(frame["objective"])
     draw, height = partial(_draw_gains, objectives=objectives), (.7, .55 + .27 * len(objectives))
     fig, axes = _facets(frame, rows, columns, draw, (1.6, 1.9, 5), height, sharey=True, sharex="row")
@@ -237,7 +233,7 @@ def plot_tradeoff(
 ) -> Figure:  # a grid of panels, across them regime and checkpoint
     "Gains over the initial model, in and out of distribution, against each other."
     keys, values = [*rows, "regime", "checkpoint", "objective"], ["estimate", "low", "high", "per_seed"]
-    _check(frame, *keys, "role", *values)
+    need_columns(frame, *keys, "role", *values)
     both = frame.pivot(index=keys, columns="role", values=values).dropna()
     both.columns = [f"{role}_{value}" for value, role in both.columns]
     fig, axes = _facets(both.reset_index(), rows, ("regime", "checkpoint"), _draw_tradeoff, (.6, 2.2, 5), (1.1, 2))
@@ -274,7 +270,7 @@ def plot_effects(
     note: str = "",  # a line above the panels, such as the learning rate
 ) -> Figure:  # a row of panels
     "Effects with intervals, as lines."
-    _check(frame, x, hue, "estimate", "low", "high", *columns)
+    need_columns(frame, x, hue, "estimate", "low", "high", *columns)
     lines = list(dict.fromkeys(frame[hue]))
     draw, height = partial(_draw_lines, x=x, hue=hue, lines=lines), 3.1 + .2 * ((len(lines) + 1) // 2)
     fig, axes = _facets(frame, (), columns, draw, (.8, 2.9, 6.5), (height, 0))
@@ -324,7 +320,7 @@ def plot_dynamics(
 ) -> Figure:  # a row of panels for each model, data set and regime
     "Scores of tokens over training: those that the first mask chose (full lines) and the others (dashed)."
     keys, scores = [k for k in RUN[:-1] if k in frame], list(scores)
-    _check(frame, *keys, "objective", "seed", "step", "chosen", *scores)
+    need_columns(frame, *keys, "objective", "seed", "step", "chosen", *scores)
     long = frame.melt([*keys, "objective", "seed", "step", "chosen"], scores, "score")
     long["score"] = pd.Categorical(long["score"], scores)  # panels in this order
     fig, axes = _facets(long, keys, ["score"], draw_dynamics, (1, 2.3), (.9, 1.9), sharex=True)

@@ -107,6 +107,14 @@ def _tools(fields: dict, turns: list[tuple], record: dict) -> list[dict]:
     try: return [tool for holder in holders for tool in read_tools(holder, "tools")]
     except TypeError as e: raise ValueError(f"record {excerpt(record)} has {e}: mend or remove them") from None
 
+def _unread(fields: _Fields, turns: list[tuple]) -> list[str]:
+    "The fields of a record and of its turns that hold something and are not read."
+    own = [field for field, value in fields.items() if field not in fields.read and not nothing(value)]
+    def of(turn: dict, first: bool) -> set[str]:
+        read = FIELDS if first else FIELDS - {"tools"}  # which stand with the first turn
+        return {f"turn.{field}" for field, value in turn.items() if field not in read and not nothing(value)}
+    return own + sorted({name for n, (_, _, *more) in enumerate(turns) for turn in more for name in of(turn, not n)})
+
 def _conversation(record: dict) -> tuple[list[dict], list[str]]:
     "The messages of a record, as from `to_messages`, and its fields that were not read."
     fields = _Fields(record if isinstance(record, dict) else {})
@@ -114,9 +122,7 @@ def _conversation(record: dict) -> tuple[list[dict], list[str]]:
     turns = _turns(fields, record)
     messages, tools = _joined(turns, record), _tools(fields, turns, record)
     if messages and tools: messages[0]["tools"] = tools
-    unread = [field for field, value in fields.items() if field not in fields.read and not nothing(value)]
-    unread += sorted({f"turn.{field}" for _, _, *more in turns for turn in more for field, value in turn.items()
-                      if field not in FIELDS and not nothing(value)})
+    unread = _unread(fields, turns)
     if messages: return messages, unread
     others = f" (fields that are not read: {', '.join(unread)})" if unread else ""
     named = f", name its column (--columns prompt=...,completion={unread[0]})" if "." not in (unread or ".")[0] else ""
