@@ -1,5 +1,5 @@
 """Objectives of other papers against their own formulas, in float64 on plain logits, for three families."""
-import math
+import math, statistics
 
 import pytest, torch
 
@@ -87,6 +87,22 @@ def p10(log_p, reference):
     return ((1 - (-10 * of_labels(log_p)).exp()) / 10).mean()
 
 
+def info_sft(log_p, reference):
+    "Sabbaghi et al. 2026 (2605.14967): each loss times p [1 - logit p / logit P]+, P = 0.93."
+    loss = of_labels(log_p)
+    p = (-loss.detach()).exp()
+    weight = p * torch.relu(1 - torch.logit(p) / math.log(.93 / .07))
+    assert weight.any()
+    return (weight * loss).mean()
+
+
+def talr(log_p, reference):
+    "Lin et al. 2025 (2509.20758): each loss times p^(1/tau), tau the median of the texts' mean losses."
+    loss = of_labels(log_p)
+    tau = statistics.median(part.mean().item() for part in loss.split(valid.sum(1).tolist()))
+    return ((-loss.detach() / tau).exp() * loss).mean()
+
+
 def psft(log_p, reference):
     "Zhu et al. 2025 (2508.17784): the objective of PPO, with an advantage of 1."
     ratio = (of_labels(reference) - of_labels(log_p)).exp()
@@ -94,12 +110,13 @@ def psft(log_p, reference):
     return -torch.minimum(ratio, ratio.clamp(1 - .2, 1 + .28)).mean()
 
 
-STEPS = {"p10": (80, 0), "psft": (8, 6)}  # of training: enough to be sure, and to go beyond the clip
+FORMULAS = [rho1, stm, dft, asft, eaft, profit, iw_sft, p10, info_sft, talr, psft]
+STEPS = {"p10": (80, 0), "info_sft": (30, 0), "psft": (8, 6)}  # of training: enough to know some tokens well, or to go beyond the clip
 BY_GRADIENT = [p10, psft]  # functions of p, whose gradient is that of a weighted loss: the values are others
 
 
 @pytest.mark.parametrize("family", TINY)
-@pytest.mark.parametrize("formula", [rho1, stm, dft, asft, eaft, profit, iw_sft, p10, psft], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("formula", FORMULAS, ids=lambda f: f.__name__)
 def test_preset_is_the_formula_of_its_paper(family, formula):
     steps, before = STEPS.get(formula.__name__, (8, 35 if family == "tiny-gemma2" else 12))
     student, reference = learnt(family, steps), learnt(family, steps).double()

@@ -17,10 +17,8 @@ from .masking import select_tokens as select_tokens
 from .distillation import (
     AdapterTeacher as AdapterTeacher, CachedTeacher as CachedTeacher, FrozenTeacher as FrozenTeacher,
 )
-from .objective import (
-    METRICS as METRICS, WEIGHTS as WEIGHTS, Metric as Metric, Objective as Objective,
-    ObjectiveOutput as ObjectiveOutput, Weight as Weight,
-)
+from .rules import METRICS as METRICS, WEIGHTS as WEIGHTS, Metric as Metric, Weight as Weight
+from .objective import Objective as Objective, ObjectiveOutput as ObjectiveOutput
 from .compute_loss import as_compute_loss_func as as_compute_loss_func
 from .training import AtSteps as AtSteps, TokenLog as TokenLog, UncertaintyAwareTrainer as UncertaintyAwareTrainer
 from .evaluation import evaluate as evaluate, measure_baseline as measure_baseline

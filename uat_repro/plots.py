@@ -41,7 +41,8 @@ OBJECTIVES = dict(
     asft=Look("ASFT", "#5aae61", "d"), eaft=Look("EAFT", "#b2182b", "*"),
     mle_slow=Look("MLE, lower rate", "#a6a6a6", "h"), p10=Look("p^10", "#dfc27d", (4, 1, 0)),
     profit=Look("ProFit", "#80cdc1", (3, 1, 0)), iw_sft=Look("iw-SFT", "#01665e", (6, 1, 0)),
-    psft=Look("PSFT", "#c51b7d", (8, 1, 0)))
+    psft=Look("PSFT", "#c51b7d", (8, 1, 0)), info_sft=Look("InfoSFT", "#4d9221", (5, 0, 0)),
+    talr=Look("TALR", "#2166ac", (4, 2, 0)))
 
 # %% ../nbs/api/16_plots.ipynb #16-plots-09
 LABELS = {name: how.label for name, how in OBJECTIVES.items()} | {
@@ -144,13 +145,16 @@ def distinct(
     return records[records.join(apart, on=keys)["apart"] | (records["checkpoint"] != "last")]
 
 def rates_note(
-    about: pd.DataFrame,  # from `results.describe_runs`: objective, learning_rate
+    about: pd.DataFrame,  # from `results.describe_runs`: trained_on, regime, objective, learning_rate, documents
 ) -> str:  # for a caption
-    "The learning rate of the runs, and which objectives have another one than most."
+    "The learning rate of the runs, which objectives have another one than most, and budgets that differ by data set."
     rates = about.groupby("learning_rate", sort=False)["objective"].agg(["unique", "size"]).sort_values("size")[::-1]
     first, *rest = ((f"{rate:g}", names) for rate, names in rates["unique"].items())
     others = [f"{', '.join(look(n).label for n in names)}: {rate}" for rate, names in rest]
-    return f"Learning rate {first[0]}" + f" ({'; '.join(others)})" * bool(others)
+    sizes = about.groupby(["regime", "trained_on"], sort=False)["documents"].first()
+    apart = [f"; {size} documents of {label(name)} in {label(regime)}" for (regime, name), size in sizes.items()
+             if sizes[regime].nunique() > 1]
+    return f"Learning rate {first[0]}" + f" ({'; '.join(others)})" * bool(others) + "".join(apart)
 
 # %% ../nbs/api/16_plots.ipynb #16-plots-27
 def _ordered(names: Iterable[str]) -> list[str]:
