@@ -58,6 +58,15 @@ def test_eval_loss_of_data_without_responses_is_not_zero(tmp_path):
     assert trainer(tmp_path).evaluate(silent)["eval_loss"] != 0
 
 
+def test_steps_without_responses_are_named_once(tmp_path, caplog):
+    silent = [dict(row, labels=[-100] * len(row["labels"])) for row in rows()]
+    t = trainer(tmp_path, data=silent[:2] + rows(), max_steps=3, per_device_train_batch_size=1)
+    t.train()
+    told = [r.getMessage() for r in caplog.records if "no response token" in r.getMessage()]
+    assert len(told) == 1 and told[0].startswith("step 0 ")
+    assert t.state.log_history  # it went on
+
+
 def trained(folder, size, compiled):
     "Weights after three steps of four documents, and what the forward went through."
     backend = dict(torch_compile=True, torch_compile_backend="eager") if compiled else {}

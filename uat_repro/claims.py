@@ -6,16 +6,18 @@ Docs: https://uat-repro.github.io/uat-repro/api/claims.html.md"""
 
 # %% auto #0
 __all__ = ['PRIMARY', 'TESTS', 'TABLES', 'NOT_MEASURED', 'Measure', 'Claim', 'Procedure', 'read_claims', 'gather',
-           'measure_effects', 'Finding', 'Judged', 'judge', 'judge_folder', 'claims_table', 'claim_record',
-           'write_claims', 'read_judged', 'compare_claims']
+           'measure_effects', 'Finding', 'Judged', 'judge', 'judge_folder', 'claims_table', 'claims_text',
+           'claim_record', 'write_claims', 'read_judged', 'compare_claims']
 
 # %% ../nbs/api/13_claims.ipynb #13-claims-03
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.resources import files
 from math import isnan, nan
 from pathlib import Path
+from textwrap import fill
 from typing import NamedTuple
 
 import pandas as pd, yaml
@@ -37,7 +39,6 @@ class Measure:
     test: str = ""  # how it is measured: a name in `TESTS`
     how: Mapping = field(default_factory=dict)  # the arguments of that test
 
-# %% ../nbs/api/13_claims.ipynb #13-claims-08
 @dataclass(frozen=True)
 class Claim:
     "A claim, its place in the paper, its measures, and our assumptions."
@@ -74,7 +75,6 @@ def _gains(m: Measure, records: pd.DataFrame) -> dict[tuple, Effect]:
     found = (gains if m.test == "gain" else shares)(records[at], of, over, value=value)
     return {key[:-1]: effect for key, effect in found.items() if key[3] == PRIMARY.get(key[2], "last")}
 
-# %% ../nbs/api/13_claims.ipynb #13-claims-14
 def _curricula(m: Measure, dynamics: pd.DataFrame) -> dict[tuple, Effect]:
     found = curriculum(dynamics[dynamics["objective"] == m.how["objective"]], m.threshold)
     return {run[:-1]: both[m.test == "change"] for run, both in found.items()}
@@ -84,7 +84,6 @@ def _slopes(m: Measure, dynamics: pd.DataFrame) -> dict[tuple, Effect]:
     groups = part.groupby([*RUN[:-1], "held_out"], sort=False)
     return {(*key, "held out" if out else "trained"): slope_effect(rows) for (*key, out), rows in groups}
 
-# %% ../nbs/api/13_claims.ipynb #13-claims-15
 TESTS = dict(
     correlation=Procedure("tokens", ("model", "dataset"), _panels, zero=False),
     difference=Procedure("tokens", ("model", "dataset"), _panels),
@@ -213,7 +212,6 @@ def _claim_lines(j: Judged, label: Callable) -> list[list]:
     lines[0][-1] += reason
     return lines
 
-# %% ../nbs/api/13_claims.ipynb #13-claims-42
 def _short_table(judged: Iterable[Judged], label: Callable) -> str:
     "Table with a line for each measure and setting."
     head = ["", "claim", "measure", "setting", "effect with simultaneous interval", "verdict"]
@@ -257,6 +255,21 @@ def claims_table(
         "## The numbers": markdown_table(_HEAD, [_long_line(j, f, label) for j in judged for f in j.findings])}
     return "\n\n".join(f"{title}\n\n{text}" for title, text in sections.items()) + "\n"
 
+# %% ../nbs/api/13_claims.ipynb #13-claims-48b
+def claims_text(
+    judged: Iterable[Judged],  # claims and controls, from `judge` or `read_judged`
+    label: Callable[[str], str] = str,  # display text of a column's value
+    width: int = 80,  # columns of the terminal
+) -> str:
+    "The claims in short: each with its measures, and a line for each setting."
+    said: list[tuple[str, str]] = []  # indent, text
+    for id, claim, measure, setting, effect, verdict in (line for j in judged for line in _claim_lines(j, label)):
+        said += [("", ""), ("", f"{id} {claim}")] * bool(id) + [("    ", measure)] * bool(measure)
+        said.append(("      ", f"{verdict}: {effect}; {setting}"))
+    wrap = partial(fill, width=width, break_on_hyphens=False)
+    return "\n".join(wrap(text.replace("*", ""), initial_indent=indent, subsequent_indent=f"{indent}  ")
+                     for indent, text in [*said, ("", ""), ("", " ".join(_RULE.split()))])
+
 # %% ../nbs/api/13_claims.ipynb #13-claims-50
 def claim_record(
     j: Judged,  # a claim or a control
@@ -266,7 +279,6 @@ def claim_record(
                 for f in j.findings]
     return dict(asdict(j.claim), verdict=j.verdict, findings=findings)
 
-# %% ../nbs/api/13_claims.ipynb #13-claims-51
 def write_claims(
     judged: Iterable[Judged],  # claims and controls
     folder: str | Path,  # where claims.md and claims.json go
@@ -292,7 +304,6 @@ def _judged(record: Mapping) -> Judged:
     return Judged(claim, tuple(Finding(measures[f["measure"]], f["setting"], _effect(f["effect"]), f["verdict"])
                                for f in record["findings"]))
 
-# %% ../nbs/api/13_claims.ipynb #13-claims-54
 def read_judged(
     claims: str | Path | Mapping,  # a claims.json, or its content
 ) -> list[Judged]:  # claims and controls
@@ -311,7 +322,6 @@ def _compared(here: Judged | None, there: Judged | None) -> tuple[list, list]:
     shared = [(f, other[key]) for key, f in mine.items() if key in other]
     return shared, [(a, b) for a, b in shared if a.effect.high < b.effect.low or b.effect.high < a.effect.low]
 
-# %% ../nbs/api/13_claims.ipynb #13-claims-59
 def _beside(here: Judged | None, there: Judged | None) -> list:
     "Verdicts of one claim in two runs, and the difference."
     shared, apart = _compared(here, there)

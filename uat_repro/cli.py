@@ -9,7 +9,7 @@ __all__ = ['app', 'main', 'reproduce', 'plan', 'claims', 'status', 'verify', 'im
            'evaluate', 'cache']
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-03
-import importlib, json, sys
+import importlib, json, shutil, sys
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
@@ -100,7 +100,9 @@ def _claims_text(workdir: Path, as_json: bool) -> str:
     if not judged and (as_json or not table.exists()):
         raise FileNotFoundError(f"{workdir} holds no claims: run `uat-repro reproduce`, or give the folder of results")
     if as_json: return json.dumps(strict_json(dict(claims=[*map(judging.claim_record, judged)])), indent=1)
-    return judging.claims_table(judged, plots.label) if judged else table.read_text(encoding="utf-8")
+    if not judged: return table.read_text(encoding="utf-8")
+    if sys.stdout.isatty(): return judging.claims_text(judged, plots.label, shutil.get_terminal_size().columns)
+    return judging.claims_table(judged, plots.label)
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-69
 @app.command()
@@ -109,7 +111,8 @@ def claims(
     data_dir: DataDir = None,
     as_json: Json = False,
 ):
-    "Print the claims; the exit status is 1 where a result is missing or older than the code that makes it."
+    """Print the claims, in short on a terminal and as Markdown into a file; the exit status is 1 where a result is
+    missing or older than the code that makes it."""
     from uat_repro._verify import altered
     from uat_repro.results import read_json, result_files
     print(_claims_text(workdir, as_json))

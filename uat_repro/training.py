@@ -157,6 +157,7 @@ class _Counting(_Logging):
     "For a Trainer: it counts the tokens of a step before its first forward."
     objective: Objective
     weighted: bool  # the rows have weights
+    empty_step_told: bool = False  # once is enough
 
     def _get_train_sampler(self, train_dataset=None):
         lengths = _lengths(self.train_dataset if train_dataset is None else train_dataset)
@@ -168,7 +169,12 @@ class _Counting(_Logging):
         if self.weighted and "loss_weights" not in batch_samples[0]:
             raise ValueError("the rows have loss_weights, and the data_collator drops them: pass "
                              "data_collator=Collator(tokenizer), or leave the column out")
-        return self.accelerator.reduce(sum(self.objective.counts(b) for b in batch_samples).to(device), "sum")
+        counts = sum(self.objective.counts(b) for b in batch_samples)
+        if not counts.any() and not self.empty_step_told:
+            self.empty_step_told = True
+            _log.warning("step %d has no response token, so it trains nothing: all of its labels are -100; look at the "
+                         "rows, whose responses may have been cut off", self.state.global_step)
+        return self.accelerator.reduce(counts.to(device), "sum")
 
 # %% ../nbs/api/09_training.ipynb #09-training-24
 class _Evaluating(_Counting):

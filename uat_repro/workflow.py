@@ -46,14 +46,15 @@ def _check_name(name: str, known: Iterable[str], place: str) -> None:
 DEFAULTS = dict(models={}, datasets={}, seeds=[], datasets_if_available={}, regimes={}, objectives={}, figures={},
                 disk_gb=0.0)  # all sections but those of experiments; the first three must not be empty
 
-def _sections(name: str) -> dict:
-    "The sections of a profile, those of its base included."
+def _sections(name: str, heirs: tuple[Path, ...] = ()) -> dict:
+    "The sections of a profile, those of its base included; `heirs` have it as their base."
     shipped = {p.stem: p for p in sorted((FLOW / "profiles").glob("*.yaml"))}
     path = shipped.get(name, Path(name))
     if not path.is_file():
         raise ValueError(f"there is no profile {name!r}: {nearest(name, shipped)}, or the path of a .yaml file")
+    if path in heirs: raise ValueError(f"profile {name} is its own base: leave `base` out, or name another profile")
     own = read_sections(path)
-    base = _sections(own.pop("base")) if "base" in own else {}
+    base = _sections(own.pop("base"), (*heirs, path)) if "base" in own else {}
     return {**base, **{k: {**base[k], **v} if k in base and isinstance(v, dict) else v for k, v in own.items()}}
 
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-14
