@@ -18,6 +18,7 @@ def cells(path: Path) -> list[dict]: return json.loads(path.read_text(encoding="
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_is_clean(path):
     for cell in cells(path):
+        assert cell["cell_type"] in ("code", "markdown"), f"{cell['id']} is no cell that a reader is shown"
         assert not cell.get("outputs") and cell.get("execution_count") is None, "run nbdev-clean"
         assert set(cell["metadata"]) <= {"tags"}, "run nbdev-clean"
         found = MACHINE.search(source := "".join(cell["source"]))
