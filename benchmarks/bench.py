@@ -108,8 +108,8 @@ def ratios(found:dict)->list[dict]:
     for workload, mine, others, time, memory in GOALS:
         if workload not in found: continue
         rival = max(others, key=lambda v: ratio(found, workload, mine, v, "seconds"))  # the fastest of them
-        rows.append(dict(workload=workload, ours=mine, against=rival, time=round(ratio(found, workload, mine, rival, "seconds"), 3), time_goal=time,
-                         memory=round(ratio(found, workload, mine, rival, "extra_mb"), 3), memory_goal=memory))
+        rows.append(dict(workload=workload, ours=mine, against=rival, time=ratio(found, workload, mine, rival, "seconds"), time_goal=time,
+                         memory=ratio(found, workload, mine, rival, "extra_mb"), memory_goal=memory))
     return rows
 
 def machine(threads:int)->dict:

@@ -100,7 +100,7 @@ def _check_machine(folder: str | Path = ".") -> list[Finding]:
     disk, elsewhere = shutil.disk_usage(folder).free / 1e9, "give a --workdir on another disk"
     return [told("GPU", bool(gpu), gpu or "none", "the gpu and paper profiles need one, cpu and smoke do not"),
             told("GPU memory", size > 78, f"{size:.0f} GB", "the paper profile needs 80 GB, the gpu profile 20"),
-            told("memory", memory > 6, f"{memory:.0f} GB", "the cpu profile needs 6 GB; use --cores 1"),
+            told("memory", memory > 9.5, f"{memory:.0f} GB", "the cpu profile needs 10 GB, or 6 GB with --cores 1"),
             told("disk", disk > 5, f"{disk:.0f} GB free", f"the cpu profile needs 5 GB; {elsewhere}"),
             told("processors", True, f"{os.cpu_count()}")]
 
