@@ -87,6 +87,12 @@ def test_what_is_required_is_imported():
         assert any(map(found.search, texts)), f"{name} is required but imported nowhere"
 
 
+def test_the_landing_page_has_the_effects_of_the_references():
+    code = "import sys; sys.path.insert(0, 'tools'); from readme import INDEX, with_effects as w; " \
+           "text = INDEX.read_text(encoding='utf-8'); sys.exit(text != w(text))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0, "run make readme"
+
+
 def test_readme_is_the_landing_page():
     code = "import sys; sys.path.insert(0, 'tools'); from readme import readme; sys.stdout.buffer.write(readme().encode())"
     made = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True).stdout.decode()

@@ -1,11 +1,57 @@
-"""Write README.md from nbs/index.ipynb: its prose as it is, its code as fenced blocks, links and pictures relative to the repository.
+"""Write README.md from nbs/index.ipynb: its prose as it is, its code as fenced blocks, links and pictures relative to the
+repository. The table of effects in nbs/index.ipynb is made first, from the references.
 
     python tools/readme.py
 """
 import json, posixpath, re
 from pathlib import Path
 
+from uat_repro.claims import Judged, read_judged
+from uat_repro.results import markdown_table
+
 ROOT = Path(__file__).resolve().parents[1]
+INDEX = ROOT / "nbs" / "index.ipynb"
+COLUMNS = {  # reference, model, training data
+    "SmolLM2, upper layers, GSM-Symbolic": ("cpu", "smollm2-135m", "gsm_symbolic"),
+    "SmolLM2, upper layers, GSM8K": ("cpu-full", "smollm2-135m", "gsm8k"),
+    "SmolLM2, all layers, GSM8K": ("gpu", "smollm2-135m", "gsm8k"),
+    "Gemma 3, all layers, GSM8K": ("gpu", "gemma-3-270m", "gsm8k")}
+ROWS = {  # claim or control, and which of its measures
+    ("C1", 0): "epistemic uncertainty and loss, rank correlation", ("C1", 1): "minus that of aleatoric uncertainty",
+    ("C2", 0): "aleatoric uncertainty and entropy, rank correlation",
+    ("C3", 0): "held out: masked MLE over MLE", ("C3a", 0): "a random quarter over MLE",
+    ("C3b", 0): "masked MLE over a random quarter", ("C4", 0): "masked MLE over document-masked MLE",
+    ("C5", 0): "overlap of the first and the last mask", ("C6", 0): "OOD: masked MLE over the untrained model",
+    ("C7", 0): "share of that loss that the combined objective restores", ("C7a", 0): "that MLE + KL restores",
+    ("C8", 0): "held out: combined over MLE", ("C8", 1): "OOD: combined over MLE",
+    ("C8a", 0): "held out: combined over MLE + KL"}
+SIGNS = {"supported": "✓", "contradicted": "✗", "no effect": "=", "undecided": "?"}
+
+
+def cell_of(judged: Judged, measure: int, model: str, data: str) -> str:
+    "What one run found for a measure, after one pass where a checkpoint is judged."
+    for f in judged.findings:
+        s = f.setting
+        if f.measure != judged.claim.measures[measure] or s["model"] != model: continue
+        if data not in (s.get("trained_on"), s.get("dataset")) or "checkpoint" in s and s["regime"] != "one_pass": continue
+        return f"{SIGNS[f.verdict.split(',')[0]]} {f.effect}"
+    return ""
+
+
+def effects() -> str:
+    "The main effects of all runs, a column for each."
+    kept = {name: {j.claim.id: j for j in read_judged(ROOT / "reference" / name / "claims.json")}
+            for name in dict.fromkeys(name for name, *_ in COLUMNS.values())}
+    rows = [[claim, said, *(cell_of(kept[name][claim], n, *of) for name, *of in COLUMNS.values())]
+            for (claim, n), said in ROWS.items()]
+    return markdown_table(["claim", "effect", *COLUMNS], rows)
+
+
+def with_effects(text: str) -> str:
+    "The notebook's JSON, its table of effects made anew."
+    lines = [json.dumps(f"{line}\n", ensure_ascii=False) for line in ("", *effects().splitlines(), "")]
+    between = r'("<!-- effects -->\\n",\n).*?( *"<!-- end of effects -->)'
+    return re.sub(between, lambda m: m[1] + "".join(f"    {line},\n" for line in lines) + m[2], text, flags=re.S)
 
 
 def from_top(match: re.Match) -> str:
@@ -23,8 +69,10 @@ def text_of(cell: dict) -> str | None:
 
 def readme() -> str:
     "The README, as the landing page has it."
-    cells = json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8"))["cells"]
+    cells = json.loads(with_effects(INDEX.read_text(encoding="utf-8")))["cells"]
     return "\n\n".join(t.strip() for c in cells if (t := text_of(c))) + "\n"
 
 
-if __name__ == "__main__": (ROOT / "README.md").write_text(readme(), encoding="utf-8")
+if __name__ == "__main__":
+    INDEX.write_text(with_effects(INDEX.read_text(encoding="utf-8")), encoding="utf-8")
+    (ROOT / "README.md").write_text(readme(), encoding="utf-8")
