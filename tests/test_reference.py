@@ -3,7 +3,7 @@ import json, re
 from dataclasses import fields
 from pathlib import Path
 
-import pytest
+import pandas as pd, pytest
 
 from uat_repro.claims import claims_table, judge_folder, read_claims, read_judged
 from uat_repro.effects import Effect
@@ -41,6 +41,8 @@ def test_readme_quotes_what_the_tables_say():
     for run in (ROOT / "reference").glob("*/runs/why_*.json"):
         effects = json.loads(run.read_text(encoding="utf-8"))["effects"]
         told += "".join(f"{Effect(**{f.name: e[f.name] for f in fields(Effect)})}\n" for e in effects)
+    for path in (path for folder in REFERENCES for path in folder.glob("figures/fig5.csv")):
+        told += "".join(f"{Effect(*row)}\n" for row in pd.read_csv(path)[["estimate", "low", "high"]].to_numpy())
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("## What came out")[1].split("\n## ")[0]
     quoted = re.findall(r"-?\d+\.\d+ \[-?[\d.]+, -?[\d.]+\]", section)
     assert len(quoted) > len(CLAIMS) and [q for q in quoted if q not in told] == []
