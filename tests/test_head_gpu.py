@@ -3,7 +3,9 @@ import pytest, torch
 from torch.nn import functional as F
 
 from uat_repro import _products, head as head_module
-from uat_repro.head import scores_and_divergence, scores_of, token_loss, token_scores
+from uat_repro import loss as loss_module
+from uat_repro.head import scores_and_divergence, scores_of, token_scores
+from uat_repro.loss import token_loss
 from uat_repro.models import Head
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
@@ -88,5 +90,5 @@ def test_compiled_losses_are_the_plain_ones(monkeypatch):
         scores = token_scores(h.detach(), targets, Head(a))
         total, loss, kl = token_loss(h, targets, Head(a), w, v, taught, Head(teacher), 2.)
         found.append((*scores, total.detach(), loss, kl, *torch.autograd.grad(total, (h, a))))
-    assert head_module.loss_slope.compiled not in (None, head_module.loss_slope.__wrapped__)
+    assert loss_module.loss_slope.compiled not in (None, loss_module.loss_slope.__wrapped__)
     for ours, theirs in zip(*found): torch.testing.assert_close(ours, theirs, atol=1e-2, rtol=1e-2)

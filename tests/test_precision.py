@@ -1,7 +1,8 @@
 """Scores under autocast are those without it: layers run in bfloat16, nothing between logits and a score does."""
 import pytest, torch
 
-from uat_repro.head import full_precision, map_tokens, scores_and_divergence, scores_of, token_loss, token_scores
+from uat_repro.head import full_precision, map_tokens, scores_and_divergence, scores_of, token_scores
+from uat_repro.loss import token_loss
 from uat_repro.models import Head
 from uat_repro.uncertainty import _mixture_scores, decompose
 

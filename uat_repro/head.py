@@ -6,12 +6,11 @@ Docs: https://uat-repro.github.io/uat-repro/api/head.html.md"""
 
 # %% auto #0
 __all__ = ['CHUNK_LOGITS', 'GPU_LOGITS', 'SLICE_LOGITS', 'chunk_size', 'map_tokens', 'TokenScores', 'scores_of', 'frozen',
-           'divergences', 'mutual_information', 'log_normaliser', 'token_scores', 'scores_and_divergence', 'loss_slope',
-           'divergence_slope', 'Term', 'sum_slices', 'with_gradients', 'token_loss', 'dot', 'full_precision']
+           'divergences', 'mutual_information', 'vocabulary_slices', 'slice_head', 'log_normaliser', 'place_of',
+           'summarise', 'token_scores', 'scores_and_divergence', 'dot', 'full_precision']
 
 # %% ../nbs/api/03_head.ipynb #03-head-03
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -104,13 +103,20 @@ def mutual_information(
 # %% ../nbs/api/03_head.ipynb #03-head-31
 SLICE_LOGITS: int = 2**20  # logits of a slice, over all tokens: 4 MB in float32
 
-def _slices(head, tokens: int) -> Iterator[tuple[int, int]]:
-    "First and last token id of each slice, the last not included; a slice is not thinner than 256."
+def vocabulary_slices(
+    head,  # with `weight` (V, H)
+    tokens: int,  # hidden states at once
+) -> Iterator[tuple[int, int]]:  # of each slice: first token id, and the first of the next
+    "The slices of a vocabulary; none is thinner than 256."
     logits, vocab = SLICE_LOGITS if head.weight.device.type == "cpu" else GPU_LOGITS, len(head.weight)
     width = max(256, logits // max(1, tokens))
     return ((i, min(i + width, vocab)) for i in range(0, vocab, width))
 
-def _slice(head, start: int, end: int):
+def slice_head(
+    head,  # with `weight` (V, H) and `bias`
+    start: int,  # first token id
+    end: int,  # the first that is not included
+):  # of the same kind
     "The head of a part of the vocabulary."
     return head._replace(weight=head.weight[start:end], bias=None if head.bias is None else head.bias[start:end])
 
@@ -126,18 +132,24 @@ def log_normaliser(
     temperature: float = 1.0,  # tau, by which logits are divided
 ) -> Tensor:  # (N,), log of the sum over the vocabulary of exp(logit / tau)
     "The logarithm by which a softmax divides."
-    slices = [_slice(head, i, j) for i, j in _slices(head, len(hidden))]
+    slices = [slice_head(head, i, j) for i, j in vocabulary_slices(head, len(hidden))]
     return torch.stack([_log_sum(part.logits(hidden), temperature) for part in slices]).logsumexp(0)
 
 # %% ../nbs/api/03_head.ipynb #03-head-35
-def _place(z: Tensor, start: int, ids: Tensor) -> tuple[Tensor, Tensor]:
-    "Of each token: whether its id is in the slice (n,), and its place there (n, 1)."
+def place_of(
+    z: Tensor,  # (n, v) logits of a slice
+    start: int,  # first token id of the slice
+    ids: Tensor,  # (n,) token ids
+) -> tuple[Tensor, Tensor]:  # (n,) bool; (n, 1)
+    "Whether the id of each token is in the slice, and its place there."
     i = ids - start
     return (i >= 0) & (i < z.shape[1]), i.clamp(0, z.shape[1] - 1)[:, None]
 
 @fused
-def _summary(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    "Of each token in a slice (N, v): log Z, the mean logit, the largest logit and where it is."
+def summarise(
+    z: Tensor,  # (N, v) logits of a slice
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (N,) each
+    "Of each token: log Z, the mean logit, the largest logit and where it is."
     top, best = z.max(-1)
     e = (z - top[:, None]).exp_()
     total = e.sum(-1)
@@ -153,15 +165,15 @@ def token_scores(
     watch: Callable[[int, Tensor], None] | None = None,  # called with each slice's first token id and logits
 ) -> TokenScores:  # (N,) each
     "Scores from hidden states (equation 2)."
-    slices, own = [*_slices(head, len(hidden))], torch.zeros(len(hidden), device=hidden.device)
+    slices, own = [*vocabulary_slices(head, len(hidden))], torch.zeros(len(hidden), device=hidden.device)
     log_z, mean, top = torch.empty(3, len(slices), len(hidden), device=hidden.device)
     best = torch.empty(top.shape, dtype=torch.long, device=hidden.device)
     for k, (i, j) in enumerate(slices):
-        z = _slice(head, i, j).logits(hidden)  # (N, j - i)
+        z = slice_head(head, i, j).logits(hidden)  # (N, j - i)
         if watch is not None: watch(i, z)
-        inside, at = _place(z, i, targets)
+        inside, at = place_of(z, i, targets)
         own = torch.where(inside, z.gather(1, at)[:, 0], own)
-        for rows, row in zip((log_z, mean, top, best), _summary(z)): rows[k] = row
+        for rows, row in zip((log_z, mean, top, best), summarise(z)): rows[k] = row
         best[k] += i
     whole = log_z.logsumexp(0)
     entropy = ((log_z - whole).exp() * (whole - mean)).sum(0).clamp_(min=0)
@@ -180,169 +192,7 @@ def scores_and_divergence(
     "Scores (equation 2) and the divergence from another model, in one pass over the vocabulary."
     moved = torch.zeros_like(other_log_z)
     def watch(start: int, z: Tensor) -> None:
-        there = _slice(other_head, start, start + z.shape[1]).logits(other)
+        there = slice_head(other_head, start, start + z.shape[1]).logits(other)
         moved.add_(dot((there - other_log_z[:, None]).exp_(), there - z))
     scores = token_scores(hidden, targets, head, watch)
     return scores, (moved + scores.log_z - other_log_z).clamp_(min=0)
-
-# %% ../nbs/api/03_head.ipynb #03-head-43
-@fused
-def loss_slope(
-    z: Tensor,  # (n, v) logits of a slice
-    start: int,  # first token id of the slice
-    targets: Tensor,  # (n,) token ids
-    weight: Tensor,  # (n,) w
-    log_z: Tensor,  # (n,) log Z
-) -> tuple[Tensor, Tensor]:  # gradient (n, v); the slice's part (n,) of -z_y
-    "Slope of the weighted predictive loss, w (log Z - z_y)."
-    inside, at = _place(z, start, targets)
-    p, w = (z - log_z[:, None]).exp_(), weight[:, None]
-    # d/dz_v  w (log Z - z_y)  =  w (p_v - [v = y])
-    at_target = w * (p.gather(1, at) - inside[:, None].float())
-    return p.mul_(w).scatter_(1, at, at_target), -z.gather(1, at)[:, 0].where(inside, 0)
-
-# %% ../nbs/api/03_head.ipynb #03-head-46
-@fused
-def _divergence_of(z: Tensor, teacher_z: Tensor, weight: Tensor, log_z: Tensor, teacher_log_z: Tensor,
-                   temperature: float) -> tuple[Tensor, Tensor]:
-    "`divergence_slope` from the logits (n, v) of both."
-    log_q = (teacher_z / temperature).sub_(teacher_log_z[:, None])
-    log_p = (z / temperature).sub_(log_z[:, None])
-    q, p = log_q.exp(), log_p.exp()
-    # sum of q (log q - log p); p and q sum to 1, so adding p - q takes away rounding only
-    kl = dot(q, log_q.sub_(log_p)) + p.sum(-1) - q.sum(-1)
-    # d/dz_v  v tau^2 KL(q, p)  =  v tau (p_v - q_v)
-    return p.sub_(q).mul_(temperature * weight[:, None]), kl
-
-def divergence_slope(
-    z: Tensor,  # (n, v) logits of a slice
-    start: int,  # first token id of the slice
-    weight: Tensor,  # (n,) v
-    log_z: Tensor,  # (n,) log Z of the student at this temperature
-    teacher_hidden: Tensor,  # (n, H') hidden states of the teacher
-    teacher_head,  # output layer of the teacher
-    teacher_log_z: Tensor,  # (n,) log Z of the teacher at this temperature
-    temperature: float = 1.0,  # tau
-) -> tuple[Tensor, Tensor]:  # gradient (n, v); the slice's part (n,) of KL, nats
-    "Slope of the weighted divergence, v tau^2 KL(teacher, student)."
-    teacher_z = _slice(teacher_head, start, start + z.shape[1]).logits(teacher_hidden)  # (n, v)
-    return _divergence_of(z, teacher_z, weight, log_z, teacher_log_z, temperature)
-
-# %% ../nbs/api/03_head.ipynb #03-head-49
-class Term(NamedTuple):
-    "A loss that some of the tokens have."
-    tokens: slice  # these of the N tokens
-    slope: Callable[[Tensor, int], tuple[Tensor, Tensor]]  # (logits (n, v), first id) -> gradient (n, v), partial (n,)
-
-def _slope(z: Tensor, start: int, terms: Sequence[Term]) -> tuple[Tensor, list[Tensor]]:
-    "Gradient (N, v) of the sum of all terms with respect to a slice, and the partial (n,) of each term."
-    dz, partials = None, []
-    for tokens, slope in terms:
-        gradient, part = slope(z[tokens], start)
-        partials.append(part)
-        if dz is None and len(gradient) == len(z): dz = gradient
-        else:
-            if dz is None: dz = torch.zeros_like(z)
-            dz[tokens] += gradient
-    return dz, partials
-
-# %% ../nbs/api/03_head.ipynb #03-head-50
-@full_precision()
-def sum_slices(
-    hidden: Tensor,  # (N, H)
-    head,  # with `weight` (V, H), `bias` and `logits(hidden)`
-    terms: Sequence[Term],  # at least one
-) -> tuple[list[Tensor], list[Tensor | None]]:  # sums (n,) of each term; gradients of hidden, weight, bias or None
-    "Sum the partials and the gradients of all terms over all slices of the vocabulary."
-    inputs = hidden, head.weight, head.bias
-    wanted = [k for k, x in enumerate(inputs) if torch.is_grad_enabled() and x is not None and x.requires_grad]
-    gradients = [None if k not in wanted else torch.empty_like(x) if k else torch.zeros_like(x, dtype=torch.float32)
-                 for k, x in enumerate(inputs)]
-    sums = [torch.zeros(len(hidden[tokens]), device=hidden.device) for tokens, _ in terms]
-    for i, j in _slices(head, len(hidden)):
-        part = _slice(head, i, j)
-        leaves = [x if x is None else x.detach().requires_grad_(k in wanted)
-                  for k, x in enumerate((hidden, part.weight, part.bias))]
-        with torch.enable_grad(): z = head._replace(weight=leaves[1], bias=leaves[2]).logits(leaves[0])  # (N, j - i)
-        with torch.no_grad(): dz, partials = _slope(z.detach(), i, terms)
-        for whole, partial_sum in zip(sums, partials): whole += partial_sum
-        for k, g in zip(wanted, torch.autograd.grad(z, [leaves[k] for k in wanted], dz) if wanted else ()):
-            if k: gradients[k][i:j] = g
-            else: gradients[k] += g
-    return sums, gradients
-
-# %% ../nbs/api/03_head.ipynb #03-head-53
-class _WithGradients(torch.autograd.Function):
-    "A number whose gradients are known already."
-    @staticmethod
-    def forward(ctx, total, gradients, *inputs):
-        ctx.gradients, ctx.dtypes = gradients, [x if x is None else x.dtype for x in inputs]
-        return total.clone()
-
-    @staticmethod
-    def backward(ctx, factor):
-        if ctx.gradients is None: raise RuntimeError("this loss was differentiated before and its gradients were given "
-                                                     "away: compute it again")
-        gradients, ctx.gradients = ctx.gradients, None
-        # d(factor * total) / dx  =  factor * d(total) / dx
-        return None, None, *(g if g is None else g.mul_(factor).to(d) for g, d in zip(gradients, ctx.dtypes))
-
-def with_gradients(
-    total: Tensor,  # a number, without gradient
-    gradients: list[Tensor | None],  # its gradients with respect to hidden states, weight and bias; used up
-    hidden: Tensor,  # (N, H)
-    head,  # with `weight` and `bias`
-) -> Tensor:  # the same number, differentiable once
-    "Put a number on the graph with gradients from `sum_slices`."
-    inputs = [x if x is None or torch.is_grad_enabled() else x.detach() for x in (hidden, head.weight, head.bias)]
-    return _WithGradients.apply(total, gradients, *inputs)
-
-# %% ../nbs/api/03_head.ipynb #03-head-59
-def _sort(weight: Tensor, kl_weight: Tensor) -> tuple[Tensor, int, int]:
-    "The tokens that count, sorted; where the losses begin, and where the divergences end."
-    ce, kl = weight != 0, kl_weight != 0
-    groups = [mask.nonzero()[:, 0] for mask in (kl & ~ce, kl & ce, ce & ~kl)]
-    return torch.cat(groups), len(groups[0]), len(groups[0]) + len(groups[1])
-
-# %% ../nbs/api/03_head.ipynb #03-head-61
-def _divergence_term(
-    hidden: Tensor,  # (n, H) of the student, detached
-    head,  # output layer of the student
-    weight: Tensor,  # (n,) v
-    log_z: Tensor,  # (n,) of the student, at temperature 1
-    teacher_hidden: Tensor,  # (n, H') of the teacher
-    teacher_head,  # output layer of the teacher
-    temperature: float,  # tau
-) -> Term:  # for the first n tokens
-    "The divergence from a teacher, with the normalisers of both at the temperature."
-    teacher_log_z = log_normaliser(teacher_hidden, teacher_head, temperature)
-    log_z = log_z if temperature == 1 else log_normaliser(hidden, head, temperature)
-    return Term(slice(len(hidden)), partial(
-        divergence_slope, weight=weight, log_z=log_z, teacher_hidden=teacher_hidden, teacher_head=teacher_head,
-        teacher_log_z=teacher_log_z, temperature=temperature))
-
-# %% ../nbs/api/03_head.ipynb #03-head-63
-def token_loss(
-    hidden: Tensor,  # (N, H)
-    targets: Tensor,  # (N,) token ids
-    head,  # output layer of the model
-    weight: Tensor,  # (N,) w, of each token's predictive loss
-    kl_weight: Tensor | None = None,  # (N,) v, of each token's divergence from the teacher
-    teacher_hidden: Tensor | None = None,  # (N, H') of the teacher, for the same tokens
-    teacher_head=None,  # output layer of the teacher
-    temperature: float = 1.0,  # tau
-    log_z: Tensor | None = None,  # (N,) `TokenScores.log_z` of these hidden states, if it is known
-) -> tuple[Tensor, Tensor, Tensor]:  # sum, differentiable once; loss and divergence (N,), detached, 0 where unweighted
-    "Predictive loss and divergence from a teacher (equations 7 and 8), weighted and summed, forward and backward."
-    rows, first, end = _sort(weight, torch.zeros_like(weight) if kl_weight is None else kl_weight)
-    h, y, w, zero = hidden[rows], targets[rows][first:], weight[rows][first:], torch.zeros_like(weight)
-    log_z = log_normaliser(h.detach(), head) if log_z is None else log_z[rows]
-    terms = [Term(slice(first, None), partial(loss_slope, targets=y, weight=w, log_z=log_z[first:]))]
-    if end:
-        v, taught = kl_weight[rows][:end], teacher_hidden[rows[:end]]
-        terms.append(_divergence_term(h[:end].detach(), head, v, log_z[:end], taught, teacher_head, temperature))
-    (own, *kl), gradients = sum_slices(h, head, terms)
-    loss = log_z[first:] + own
-    total = (w * loss).sum() + (temperature**2 * (v * kl[0]).sum() if end else 0)
-    divergence = zero.index_copy(0, rows[:end], temperature**2 * kl[0]) if end else zero
-    return with_gradients(total, gradients, h, head), zero.index_copy(0, rows[first:], loss), divergence

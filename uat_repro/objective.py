@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .distillation import Teacher, matching_head
-from .head import TokenScores, token_loss, token_scores
+from .head import TokenScores, token_scores
+from .loss import scored_loss, token_loss
 from .masking import beyond, check_selection, count_kept, select_among
 from .models import Head, eval_mode, has_dropout, head_of, hidden_states
 from .rules import METRICS, NEEDS, WEIGHTS, Metric, Rule, Scored, Weight, find_named, find_rule, top_entropy
@@ -181,7 +182,7 @@ def _second(o: Settings, teacher: Teacher | None, batch: Mapping, layout: Layout
 
 def _score(o: Settings, model: nn.Module, batch: Mapping, layout: Layout, states: Tensor, second: tuple) -> Scored:
     "All that the rules read: scores from `states` (N, H), or from a forward in eval mode if the model drops something."
-    if model.training and has_dropout(model) and _rules(o):
+    if model.training and has_dropout(model):
         with eval_mode(model), torch.no_grad(): states = layout.predicting(hidden_states(model, batch))
     scored = Scored(layout, token_scores(states.detach(), layout.targets, head_of(model)), states, head_of(model))
     if o.needs & {"teacher", "reference"}:
@@ -202,16 +203,21 @@ class ObjectiveOutput(NamedTuple):
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor: return values.sum() / weights.sum().clamp(min=1e-9)
 
-def _equation_9(o: Settings, scored: Scored, states: Tensor, second: tuple, total: Tensor | None) -> ObjectiveOutput:
-    "The loss of scored tokens, through `states` (N, H) that carry the gradient; `total` counts of the whole step."
-    layout, scores, selected = scored.layout, scored.scores, select(o, scored)  # (N,) M
+def _equation_9(o: Settings, layout: Layout, head: Head, states: Tensor, scored: Scored | None, second: tuple,
+                total: Tensor | None) -> ObjectiveOutput:
+    "The loss through `states` (N, H) of tokens that rules have scored, if there are rules; `total` counts of the step."
+    selected = select(o, scored) if scored else torch.ones_like(layout.targets, dtype=torch.bool)  # (N,) M
     distilled = torch.ones_like(selected) if o.distill_on == "all" else ~selected  # (N,) D
     per_selected, per_distilled = _inverse_divisors(o, layout, selected, distilled, total)
-    weights, kl_weights = weigh(o, scored, selected), layout.weights * distilled  # (N,)
-    log_z = scores.log_z if scored.states is states else None  # known already
-    loss, losses, kl = token_loss(
-        states, layout.targets, scored.head, per_selected * weights, o.distill_weight * per_distilled * kl_weights,
-        second[0], second[1], o.temperature, log_z)
+    weights, kl_weights = weigh(o, scored, selected) if scored else layout.weights, layout.weights * distilled  # (N,)
+    counted = per_selected * weights, o.distill_weight * per_distilled * kl_weights  # (N,) w and v
+    terms = states, layout.targets, head, *counted, *second, o.temperature
+    if scored:
+        scores, log_z = scored.scores, scored.scores.log_z if scored.states is states else None  # known already
+        loss, losses, kl = token_loss(*terms, log_z=log_z)
+    else:
+        loss, scores, kl = scored_loss(*terms)
+        losses = scores.loss
     mle, distill = _mean(weights * losses, layout.weights[selected]), _mean(kl_weights * kl, kl_weights)
     shown = selected, scores.loss, scores.entropy, scores.correct
     chosen, token_losses, entropies, correct = map(layout.spread, shown)  # (B, T)
@@ -239,9 +245,10 @@ class Objective(Settings):
         "The loss of one batch, or its share of the loss of a larger one."
         layout = lay_out(batch)
         states = layout.predicting(hidden_states(model, batch))  # (N, H)
-        second = _second(self, teacher, batch, layout, head_of(model))  # after a forward, which may move the head
-        scored = _score(self, model, batch, layout, states, second)
-        return _equation_9(self, scored, states, second, num_items)
+        head = head_of(model)  # after a forward, which may move it
+        second = _second(self, teacher, batch, layout, head)
+        scored = _score(self, model, batch, layout, states, second) if _rules(self) else None
+        return _equation_9(self, layout, head, states, scored, second, num_items)
 
 # %% ../nbs/api/08_objective.ipynb #08-objective-65
 def __getattr__(name: str):
