@@ -88,10 +88,10 @@ class Training(Reading):
     changes: option(str, help="Fields of the preset to set differently, such as keep=0.1,distill_weight=0.5.") = ""
     out: option(Path, help="Folder for the model and its log.") = Path("trained")
     documents: option(int, min=1, help="Records to train on.") = 1000
-    epochs: option(float, help="Passes over them.") = 1.0
+    epochs: option(float, min=0, help="Passes over them.") = 1.0
     batch_size: option(int, min=1, help="Records at once, on each device.") = 8
     accumulate: option(int, min=1, help="Batches of a step.") = 1
-    learning_rate: option(float, help="Its peak; a cosine from there.") = 1e-4
+    learning_rate: option(float, min=0, help="Its peak; a cosine from there.") = 1e-4
     lora: option(bool, "--lora", help="Train an adapter in place of all weights.") = False
     reference: option(str | None, help="Second model, which rho1 compares with; trained on such data.") = None
     seed: option(int, help="Seed of the order of the records.") = 0

@@ -216,7 +216,7 @@ def _check_notebooks():
 @app.command()
 def doctor(
     data_dir: DataDir = None,
-    timeout: option(float, help="Seconds to wait for the hub.") = 3.0,
+    timeout: option(float, min=0, help="Seconds to wait for the hub.") = 3.0,
     as_json: Json = False,
 ):
     "Say what this machine can run, and what to do about what is missing."
