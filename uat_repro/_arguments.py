@@ -9,7 +9,7 @@ __all__ = ['Template', 'Split', 'DataDir', 'Json', 'Config', 'option', 'read_sec
            'Training']
 
 # %% ../nbs/api/18c_arguments.ipynb #18c-arguments-03
-import inspect
+import inspect, re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -33,7 +33,10 @@ def read_sections(
 ) -> dict:  # name -> value
     "What a YAML file has under each name; a `ValueError` of one line names a file that is something else."
     import yaml
-    try: found = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    class Loader(yaml.SafeLoader): "Reads numbers as YAML 1.2 does."
+    number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, [*"-+.0123456789"])
+    try: found = yaml.load(Path(path).read_text(encoding="utf-8"), Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f"{path} is no valid YAML: {e}") from None
     if isinstance(found, dict): return found
     raise ValueError(f"{path} holds a {type(found).__name__}: make it sections with names")
