@@ -168,6 +168,16 @@ def test_a_file_of_arguments_is_checked_like_the_command_line(text, status, said
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["cpu", "cpu-full", "gpu"])
+def test_a_reference_is_judged_and_has_no_runs_to_ask_for(name, capsys):
+    reference = str(Path(__file__).resolve().parents[1] / "reference" / name)
+    assert cli.main(["claims", reference]) == 0
+    assert "# Claims" in capsys.readouterr().out
+    for command in ("status", "verify"):
+        assert cli.main([command, reference]) == 1
+        assert f"`uat-repro claims {reference}` judges them" in capsys.readouterr().err
+
+
 def test_claims_as_json_are_those_of_the_table(capsys):
     reference = str(Path(__file__).resolve().parents[1] / "reference/cpu")
     assert cli.main(["claims", reference, "--json"]) == 0

@@ -9,7 +9,7 @@ __all__ = ['Template', 'Split', 'DataDir', 'Json', 'Config', 'option', 'read_sec
            'Training']
 
 # %% ../nbs/api/18c_arguments.ipynb #18c-arguments-03
-import inspect
+import inspect, re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -33,7 +33,10 @@ def read_sections(
 ) -> dict:  # name -> value
     "What a YAML file has under each name; a `ValueError` of one line names a file that is something else."
     import yaml
-    try: found = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    class Loader(yaml.SafeLoader): "Reads numbers as YAML 1.2 does."
+    number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, [*"-+.0123456789"])
+    try: found = yaml.load(Path(path).read_text(encoding="utf-8"), Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f"{path} is no valid YAML: {e}") from None
     if isinstance(found, dict): return found
     raise ValueError(f"{path} holds a {type(found).__name__}: make it sections with names")
@@ -88,10 +91,10 @@ class Training(Reading):
     changes: option(str, help="Fields of the preset to set differently, such as keep=0.1,distill_weight=0.5.") = ""
     out: option(Path, help="Folder for the model and its log.") = Path("trained")
     documents: option(int, min=1, help="Records to train on.") = 1000
-    epochs: option(float, help="Passes over them.") = 1.0
+    epochs: option(float, min=0, help="Passes over them.") = 1.0
     batch_size: option(int, min=1, help="Records at once, on each device.") = 8
     accumulate: option(int, min=1, help="Batches of a step.") = 1
-    learning_rate: option(float, help="Its peak; a cosine from there.") = 1e-4
+    learning_rate: option(float, min=0, help="Its peak; a cosine from there.") = 1e-4
     lora: option(bool, "--lora", help="Train an adapter in place of all weights.") = False
     reference: option(str | None, help="Second model, which rho1 compares with; trained on such data.") = None
     seed: option(int, help="Seed of the order of the records.") = 0

@@ -7,7 +7,8 @@ Docs: https://uat-repro.github.io/uat-repro/api/tasks.html.md"""
 # %% auto #0
 __all__ = ['load', 'read_records', 'read_rows', 'mark_selected', 'scored', 'write_scores', 'least_sure', 'kind_of',
            'selected_kinds', 'alike', 'harm', 'full', 'summary', 'asked_objective', 'train_model', 'sides', 'second',
-           'digest', 'keep_start', 'keep_run', 'keep_config', 'keep_card', 'trainer_arguments', 'run_training']
+           'digest', 'tokens_hash', 'keep_start', 'keep_run', 'keep_config', 'keep_card', 'trainer_arguments',
+           'run_training']
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-03
 import ast, hashlib, math, re, sys, time
@@ -17,6 +18,7 @@ from pathlib import Path
 import huggingface_hub as hub, pandas as pd, yaml
 from accelerate import PartialState
 from transformers import PrinterCallback, TrainingArguments
+from transformers.utils.logging import disable_progress_bar
 
 from ._arguments import Reading
 from ._card import model_card
@@ -36,6 +38,7 @@ from .uncertainty import score_tokens
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-06
 def load(model: str, chat_template: str = ""):
     "A model, on the device of this process, and its tokenizer, with its own chat template or with another."
+    if not sys.stderr.isatty(): disable_progress_bar()  # of weights that are read and written
     network, tokenizer = load_model(model)
     return network.to(PartialState().device), use_template(tokenizer, chat_template)
 
@@ -156,7 +159,14 @@ def asked_objective(asked) -> Objective:
     pairs = [pair.strip().partition("=") for pair in asked.changes.split(",")] if asked.changes else []
     if not all(field and value for field, _, value in pairs):
         raise ValueError(f"--changes is {asked.changes!r}: write field=value, such as keep=0.1,distill_weight=0.5")
-    return Objective.preset(asked.objective, **{field: _value(text) for field, _, text in pairs})
+    fields = [field for field, *_ in pairs]
+    if twice := [field for field in fields if fields.count(field) > 1]:
+        raise ValueError(f"--changes is {asked.changes!r}: it sets {twice[0]} more than once; leave one of them out")
+    chosen = Objective.preset(asked.objective, **{field: _value(text) for field, _, text in pairs})
+    if asked.reference and not chosen.needs_teacher:
+        raise ValueError(f"--reference is {asked.reference}, but {asked.objective} compares with no second model: "
+                         "leave it out, or take another objective, such as rho1")
+    return chosen
 
 def train_model(model, tokenizer, rows, validation, chosen, lora=False, reference=None, resume=False, **args):
     "The Trainer after training, and the validation loss (nats per token) before and after, if anything is held out."
@@ -183,8 +193,9 @@ def sides(read, documents: int) -> tuple:
     "Rows to train on and held-out rows; `None` for the latter where a file is too small to have some."
     try: return read("train", documents), read("validation", 100)
     except NoRecords as e:
+        rows = read("all", documents)  # raises where none of them can be used
         print(f"{e}; so all records are trained on, and nothing is held out", file=sys.stderr)
-        return read("all", documents), None
+        return rows, None
 
 def second(reference: str, tokenizer):
     "The model that an objective compares with; it must know the same tokens."
@@ -197,6 +208,12 @@ def digest(rows) -> str:
     "A hash of the records of encoded rows and, where they have some, of their weights."
     weights = rows["loss_weights"] if "loss_weights" in rows.column_names else []
     return hashlib.sha256("\n".join([*rows["id"], *map(str, weights)]).encode()).hexdigest()[:16]
+
+def tokens_hash(rows) -> str:
+    "A hash of what a model sees and learns of encoded rows."
+    told = hashlib.sha256()
+    for ids, labels in zip(rows["input_ids"], rows["labels"]): told.update(repr((ids, labels)).encode())
+    return told.hexdigest()[:16]
 
 def keep_start(out: Path, start: dict, resume: bool) -> None:
     "Keep what a training starts with in `out`. Raises where checkpoints of another start are there."
@@ -265,8 +282,8 @@ def run_training(asked) -> None:
     about = dict(dataset=name, model=spec, objective=asked.objective, settings=vars(chosen), documents=len(rows),
                  files=file_hash(source) if source.is_file() else files_digest(asked.dataset, asked.data_dir),
                  manifest=made)
-    start = dict(data=made["data"], weights=made["weights"], objective=vars(chosen), lora=asked.lora,
-                 seed=asked.seed, reference=reference and Path(reference).name)
+    start = dict(data=made["data"], tokens=tokens_hash(rows), weights=made["weights"], objective=vars(chosen),
+                 lora=asked.lora, seed=asked.seed, reference=reference and Path(reference).name)
     keep_start(asked.out, start, asked.resume)
     keep_config(asked)
     trainer, losses = train_model(network, tokenizer, rows, held_out, chosen, asked.lora, other, asked.resume,

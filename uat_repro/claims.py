@@ -265,7 +265,7 @@ def claims_text(
     said: list[tuple[str, str]] = []  # indent, text
     for id, claim, measure, setting, effect, verdict in (line for j in judged for line in _claim_lines(j, label)):
         said += [("", ""), ("", f"{id} {claim}")] * bool(id) + [("    ", measure)] * bool(measure)
-        said.append(("      ", f"{verdict}: {effect}; {setting}"))
+        said.append(("      ", f"{verdict}: {effect}; {setting}" if setting != "-" else verdict))
     wrap = partial(fill, width=width, break_on_hyphens=False)
     return "\n".join(wrap(text.replace("*", ""), initial_indent=indent, subsequent_indent=f"{indent}  ")
                      for indent, text in [*said, ("", ""), ("", " ".join(_RULE.split()))])

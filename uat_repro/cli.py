@@ -45,6 +45,8 @@ def main(
     except Exception as e:
         if debug: raise
         said = " ".join(str(e).split()) or type(e).__name__
+        if isinstance(e, (LookupError, TypeError, AttributeError)):  # which nobody worded for a reader
+            said = f"{type(e).__name__}: {said} (a fault of ours, or a file we did not foresee: see --debug)"
         print(f"uat-repro: {''.join(c if c.isprintable() else ascii(c)[1:-1] for c in said)}", file=sys.stderr)
         return 1
     return 0
@@ -92,6 +94,21 @@ def _stale(workdir: Path, data_dir: Path | None) -> list:
     from uat_repro.workflow import plan, snakemake_command
     return plan(snakemake_command(workdir, notebooks_folder(), data_dir=data_dir))
 
+def _is_reference(workdir: Path) -> bool:
+    "Whether a folder is what `make reference` keeps of results: tables and `runs`, which names each run."
+    return (workdir / "runs").is_dir()
+
+def _open_results(workdir: Path) -> dict:
+    "The profile of a folder of results. Raises where it is a reference, or somebody else's."
+    from uat_repro.results import read_json
+    if _is_reference(workdir):
+        raise ValueError(f"{workdir} is a reference, which keeps tables of runs and not the runs: "
+                         f"`uat-repro claims {workdir}` judges them")
+    config = workdir / "profile.json"
+    profile = read_json(config) if config.exists() else None
+    if isinstance(profile, dict) and {"models", "datasets", "figures"} <= {*profile}: return profile
+    raise FileNotFoundError(f"{workdir} holds no results of ours: give the folder of `uat-repro reproduce`")
+
 def _claims_text(workdir: Path, as_json: bool) -> str:
     "The claims of a folder, judged anew where it has tables."
     from uat_repro import claims as judging, plots
@@ -114,25 +131,18 @@ def claims(
     """Print the claims, in short on a terminal and as Markdown into a file; the exit status is 1 where a result is
     missing or older than the code that makes it."""
     from uat_repro._verify import altered
-    from uat_repro.results import read_json, result_files
+    from uat_repro.results import result_files
+    own, remedy = (workdir / "profile.json").exists() and not _is_reference(workdir), "run `uat-repro reproduce` again"
+    runs = result_files(_open_results(workdir)) if own else []
     print(_claims_text(workdir, as_json))
-    config, remedy = workdir / "profile.json", "run `uat-repro reproduce` again"
-    if not config.exists() or (workdir / "records.parquet").exists(): return  # a reference has no runs
-    runs = result_files(read_json(config))
     if missing := [f for f in runs if not (workdir / f).exists()]:
         raise FileNotFoundError(f"{len(missing)} results are missing, first {missing[0]}: {remedy}")
     if faults := [fault for f in runs for fault in altered((workdir / f).parent)]:
         raise ValueError(f"{len(faults)} files are not as their runs left them, first {faults[0]}: {remedy}")
-    if stale := _stale(workdir, data_dir):
+    if own and (stale := _stale(workdir, data_dir)):
         raise ValueError(f"{len(stale)} results are older than their code or data, first {stale[0]}: {remedy}")
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-19
-def _open_results(workdir: Path) -> dict:
-    "The profile of a folder of results."
-    from uat_repro.results import read_json
-    if (workdir / "profile.json").exists(): return read_json(workdir / "profile.json")
-    raise FileNotFoundError(f"{workdir} holds no results of ours: give the folder of `uat-repro reproduce`")
-
 @app.command()
 def status(
     workdir: Annotated[Path, typer.Argument(help="Folder of results.")] = Path("results"),
@@ -206,7 +216,7 @@ def _check_notebooks():
 @app.command()
 def doctor(
     data_dir: DataDir = None,
-    timeout: option(float, help="Seconds to wait for the hub.") = 3.0,
+    timeout: option(float, min=0, help="Seconds to wait for the hub.") = 3.0,
     as_json: Json = False,
 ):
     "Say what this machine can run, and what to do about what is missing."

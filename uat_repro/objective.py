@@ -12,6 +12,7 @@ __all__ = ['PRESETS', 'Settings', 'select', 'weigh', 'ObjectiveOutput', 'Objecti
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -59,8 +60,11 @@ def _check(o: "Settings") -> None:
     find_rule(Metric, o.metric, METRICS)
     if o.weight is not None: find_rule(Weight, o.weight, WEIGHTS)
     if o.distill_on not in ("rest", "all"): raise ValueError(f"distill_on is {o.distill_on!r}; allowed are rest, all")
-    for name in ("distill_weight", "temperature", "threshold"):
-        if isinstance(x := getattr(o, name), str): raise ValueError(f"{name} is {x!r}: give a number")
+    if not (o.posterior is None or callable(o.posterior)):
+        raise ValueError(f"posterior is {o.posterior!r}: give one such as MCDropout(p=.02), or None")
+    for name in ("distill_weight", "temperature", *(["threshold"] if o.threshold is not None else [])):
+        if not (isinstance(x := getattr(o, name), Real) and math.isfinite(x)):
+            raise ValueError(f"{name} is {x!r}: give a number")
     if o.distill_weight < 0:
         raise ValueError(f"distill_weight is {o.distill_weight}; it multiplies a divergence and cannot be negative")
     if o.temperature <= 0: raise ValueError(f"temperature is {o.temperature}; it divides logits and must be positive")

@@ -42,10 +42,17 @@ NEEDS = ("", "logits", "teacher", "reference", "posterior")
 
 def _judge(fn: Callable[[Scored], Tensor], scored: Scored) -> Tensor:
     "One number for each token (N,), without gradient."
-    with torch.no_grad(): values = fn(scored)
-    if values.shape != scored.scores.loss.shape:
-        raise ValueError(f"{getattr(fn, '__name__', fn)} returned a tensor of shape {tuple(values.shape)}; "
-                         f"return one number for each of {len(scored.scores.loss)} tokens")
+    name, absent = getattr(fn, "__name__", fn), [k for k in ("teacher", "uncertainty") if getattr(scored, k) is None]
+    try:
+        with torch.no_grad(): values = fn(scored)
+    except AttributeError as e:
+        if "'NoneType'" not in str(e) or not absent: raise
+        raise ValueError(f"{name} failed ({e}), and {' and '.join(absent)} had not been asked for: say what it needs, "
+                         "as in Metric(fn, needs='teacher'), Weight(fn, needs='posterior')") from e
+    given = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
+    if not isinstance(values, Tensor) or values.shape != scored.scores.loss.shape:
+        raise ValueError(f"{name} returned {given}; return a tensor with one number for each of "
+                         f"{len(scored.scores.loss)} tokens")
     return values.float()
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ class Rule:
     def __post_init__(self):
         if self.needs not in NEEDS:
             raise ValueError(f"needs is {self.needs!r}; allowed are {', '.join(map(repr, NEEDS))}")
+        if not callable(self.fn): raise ValueError(f"fn is {self.fn!r}: give a function of `Scored`")
 
     def __call__(self, scored: Scored) -> Tensor:
         "The numbers (N,), checked and without gradient."
@@ -96,7 +104,7 @@ def find_named(
     known: Mapping,  # by name
 ):  # the entry of that name
     "Look a name up; a `ValueError` lists the known ones, the nearest first."
-    if name in known: return known[name]
+    if isinstance(name, str) and name in known: return known[name]
     nearest, *others = sorted(known, key=lambda k: -difflib.SequenceMatcher(None, str(name), k).ratio())
     raise ValueError(f"{what} is {name!r}. Did you mean {nearest!r}? Others are {', '.join(others)}")
 

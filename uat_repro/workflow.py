@@ -54,7 +54,7 @@ def _sections(name: str, heirs: tuple[Path, ...] = ()) -> dict:
         raise ValueError(f"there is no profile {name!r}: {nearest(name, shipped)}, or the path of a .yaml file")
     if path in heirs: raise ValueError(f"profile {name} is its own base: leave `base` out, or name another profile")
     own = read_sections(path)
-    base = _sections(own.pop("base"), (*heirs, path)) if "base" in own else {}
+    base = _sections(str(own.pop("base")), (*heirs, path)) if "base" in own else {}
     return {**base, **{k: {**base[k], **v} if k in base and isinstance(v, dict) else v for k, v in own.items()}}
 
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-14
@@ -70,6 +70,9 @@ def _check_profile(profile: dict, name: str) -> None:
         _check_name(k, [*DEFAULTS, *catalogue()["experiments"]], f"profile {name}")
         if not isinstance(v, kind := type(DEFAULTS.get(k, {}))):
             raise ValueError(f"{k!r} of profile {name} is of type {type(v).__name__}: make it a {kind.__name__}")
+        for entry, values in profile[k].items() if k in ("models", "regimes", "objectives") else ():
+            if not isinstance(values, dict):
+                raise ValueError(f"{entry!r} under {k!r} of profile {name} is {values!r}: make it names with values")
         if not v and k in [*DEFAULTS][:3]: raise ValueError(f"profile {name} lacks the section {k!r}: add it")
         for section, value in _named(v):
             more = profile["datasets_if_available"] if section == "datasets" else []
