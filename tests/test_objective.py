@@ -8,7 +8,7 @@ from uat_repro import head as head_module
 from uat_repro.tokens import Collator
 from uat_repro.distillation import FrozenTeacher
 from uat_repro.models import TINY, tiny_model
-from uat_repro.objective import METRICS, WEIGHTS, Metric, Objective, Weight
+from uat_repro.objective import METRICS, PRESETS, WEIGHTS, Metric, Objective, Weight
 from uat_repro.uncertainty import MCDropout
 
 batch = Collator(tokenizer)(rows())
@@ -180,3 +180,20 @@ def test_a_teacher_with_more_rows_in_its_output_layer_than_tokens():
     student.resize_token_embeddings(tokens + 16, mean_resizing=False)
     with pytest.raises(ValueError, match="make the teacher after the embeddings are resized"):
         o(student, batch, FrozenTeacher(teacher))
+
+
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_head_that_does_not_train_changes_nothing_else(family, preset, monkeypatch):
+    monkeypatch.setattr("uat_repro.loss.LEAST", 5)
+    monkeypatch.setattr("uat_repro.head.CHUNK_LOGITS", 1)
+    teacher, found = FrozenTeacher(tiny_model(family, seed=1)), []
+    for trains in (True, False):
+        model = tiny_model(family)
+        for part in (model.get_input_embeddings(), model.get_output_embeddings()): part.requires_grad_(trains)
+        torch.manual_seed(0)  # of random masks
+        out = Objective.preset(preset)(model, batch, teacher=teacher)
+        out.loss.backward()
+        layers = [p.grad for p in model.get_decoder().layers.parameters()]
+        found.append([out.loss.detach(), out.mle, out.distill, out.token_loss, out.token_entropy, *layers])
+    for whole, frozen in zip(*found): torch.testing.assert_close(whole, frozen, atol=1e-6, rtol=1e-4, equal_nan=True)

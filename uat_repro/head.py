@@ -7,7 +7,7 @@ Docs: https://uat-repro.github.io/uat-repro/api/head.html.md"""
 # %% auto #0
 __all__ = ['CHUNK_LOGITS', 'GPU_LOGITS', 'SLICE_LOGITS', 'chunk_size', 'map_tokens', 'TokenScores', 'scores_of', 'frozen',
            'divergences', 'mutual_information', 'vocabulary_slices', 'slice_head', 'log_normaliser', 'place_of',
-           'summarise', 'token_scores', 'scores_and_divergence', 'dot', 'full_precision']
+           'summarise', 'check_targets', 'token_scores', 'scores_and_divergence', 'dot', 'full_precision']
 
 # %% ../nbs/api/03_head.ipynb #03-head-03
 from collections.abc import Callable, Iterator
@@ -156,6 +156,16 @@ def summarise(
     return total.log() + top, dot(e, z) / total, top, best
 
 # %% ../nbs/api/03_head.ipynb #03-head-36
+def check_targets(
+    targets: Tensor,  # (N,) token ids
+    head,  # with `weight` (V, H)
+) -> None:
+    "Raise a `ValueError` where a target is no token of the vocabulary."
+    vocab, (low, high) = len(head.weight), torch.stack(targets.aminmax()).tolist() if len(targets) else (0, 0)
+    if not 0 <= low <= high < vocab:
+        raise ValueError(f"label {low if low < 0 else high} is none of the {vocab} tokens of the vocabulary: labels "
+                         "are token ids, or -100 where there is no loss")
+
 @torch.no_grad()
 @full_precision()
 def token_scores(
@@ -165,6 +175,7 @@ def token_scores(
     watch: Callable[[int, Tensor], None] | None = None,  # called with each slice's first token id and logits
 ) -> TokenScores:  # (N,) each
     "Scores from hidden states (equation 2)."
+    check_targets(targets, head)
     slices, own = [*vocabulary_slices(head, len(hidden))], torch.zeros(len(hidden), device=hidden.device)
     log_z, mean, top = torch.empty(3, len(slices), len(hidden), device=hidden.device)
     best = torch.empty(top.shape, dtype=torch.long, device=hidden.device)

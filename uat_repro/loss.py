@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ._products import dot, full_precision, fused
-from .head import TokenScores, chunk_size, log_normaliser, place_of, slice_head, summarise, token_scores
-from .head import vocabulary_slices
+from .head import TokenScores, check_targets, chunk_size, log_normaliser, place_of, slice_head, summarise
+from .head import token_scores, vocabulary_slices
 
 # %% ../nbs/api/03a_loss.ipynb #03a-loss-43
 @fused
@@ -189,9 +189,11 @@ def sum_chunks(
     temperature: float = 1.0,  # tau
 ) -> tuple[Tensor, TokenScores, Tensor]:  # sum, differentiable once; scores (N,) and divergence (K,), detached
     "Both terms of the loss and the scores of all tokens, a chunk of tokens after the other."
-    n, k, size = len(hidden), len(kl_weight), max(LEAST, chunk_size(len(head.weight), device=hidden.device.type))
-    numbers, kl = torch.zeros(3, n, device=hidden.device), torch.zeros(k, device=hidden.device)
-    correct, gradient = torch.zeros(n, dtype=torch.bool, device=hidden.device), torch.zeros_like(hidden, dtype=torch.float32)
+    check_targets(targets, head)
+    n, size = len(hidden), max(LEAST, chunk_size(len(head.weight), device=hidden.device.type))
+    numbers, kl = torch.zeros(3, n, device=hidden.device), torch.zeros(len(kl_weight), device=hidden.device)
+    correct = torch.zeros(n, dtype=torch.bool, device=hidden.device)
+    gradient = torch.zeros_like(hidden, dtype=torch.float32)
     for i in range(0, n, size):
         rows, wanted = slice(i, i + size), hidden.requires_grad and torch.is_grad_enabled()
         leaf = hidden[rows].detach().requires_grad_(wanted)
@@ -255,7 +257,7 @@ def scored_loss(
     teacher_hidden: Tensor | None = None,  # (N, H') of the teacher, for the same tokens
     teacher_head=None,  # output layer of the teacher
     temperature: float = 1.0,  # tau
-) -> tuple[Tensor, TokenScores, Tensor]:  # sum, differentiable once; scores of all tokens, and divergence (N,), detached
+) -> tuple[Tensor, TokenScores, Tensor]:  # sum, differentiable once; scores and divergence (N,), detached
     "`token_scores` and `token_loss` at once, for weights that do not depend on the scores."
     teacher = teacher_hidden, teacher_head, temperature
     if _trains(head):

@@ -215,7 +215,7 @@ def _equation_9(o: Settings, layout: Layout, head: Head, states: Tensor, scored:
     per_selected, per_distilled = _inverse_divisors(o, layout, selected, distilled, total)
     weights, kl_weights = weigh(o, scored, selected) if scored else layout.weights, layout.weights * distilled  # (N,)
     counted = per_selected * weights, o.distill_weight * per_distilled * kl_weights  # (N,) w and v
-    terms = states, layout.targets, head, *counted, *second, o.temperature
+    terms = states, layout.targets, head, *counted, second[0], second[1], o.temperature
     if scored:
         scores, log_z = scored.scores, scored.scores.log_z if scored.states is states else None  # known already
         loss, losses, kl = token_loss(*terms, log_z=log_z)
