@@ -166,6 +166,7 @@ def check_targets(
         raise ValueError(f"label {low if low < 0 else high} is none of the {vocab} tokens of the vocabulary: labels "
                          "are token ids, or -100 where there is no loss")
 
+# %% ../nbs/api/03_head.ipynb #03-head-36a
 @torch.no_grad()
 @full_precision()
 def token_scores(
