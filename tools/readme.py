@@ -14,6 +14,7 @@ INDEX = ROOT / "nbs" / "index.ipynb"
 COLUMNS = {  # reference, model, training data
     "SmolLM2, upper layers, GSM-Symbolic": ("cpu", "smollm2-135m", "gsm_symbolic"),
     "SmolLM2, upper layers, GSM8K": ("cpu-full", "smollm2-135m", "gsm8k"),
+    "SmolLM2, upper layers, Alpaca": ("cpu-full", "smollm2-135m", "alpaca"),
     "SmolLM2, all layers, GSM8K": ("gpu", "smollm2-135m", "gsm8k"),
     "Gemma 3, all layers, GSM8K": ("gpu", "gemma-3-270m", "gsm8k")}
 ROWS = {  # claim or control, and which of its measures
