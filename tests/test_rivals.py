@@ -110,7 +110,23 @@ def psft(log_p, reference):
     return -torch.minimum(ratio, ratio.clamp(1 - .2, 1 + .28)).mean()
 
 
-FORMULAS = [rho1, stm, dft, asft, eaft, profit, iw_sft, p10, info_sft, talr, psft]
+def pear(log_p, reference):
+    """Zhang et al. 2026 (2602.01058), by suffixes: each loss times gamma^(T - t) and the ratios of all later tokens, where
+    a ratio's logarithm is within [-0.08, 0.3] and the product's within [-10, 5]."""
+    loss, total, first, clipped = of_labels(log_p), 0, 0, 0
+    for length in valid.sum(1).tolist():
+        own, other = (x[first:first + length] for x in (loss, of_labels(reference)))
+        ratio = (other - own).detach()
+        clipped += (ratio > .3).sum() + (ratio < -.08).sum()
+        for t in range(length):
+            weight = (length - 1 - t) * math.log(.999) + sum(min(max(r, -.08), .3) for r in ratio[t + 1:].tolist())
+            total, at_most = total + math.exp(min(max(weight, -10), 5)) * own[t], weight
+        first += length
+    assert clipped and at_most == 0
+    return total / len(loss)
+
+
+FORMULAS = [rho1, stm, dft, asft, eaft, profit, iw_sft, p10, info_sft, talr, psft, pear]
 STEPS = {"p10": (80, 0), "info_sft": (30, 0), "psft": (8, 6)}  # of training: enough to know some tokens well, or to go beyond the clip
 BY_GRADIENT = [p10, psft]  # functions of p, whose gradient is that of a weighted loss: the values are others
 
@@ -154,5 +170,5 @@ def test_thresholds_of_other_powers_are_settings():
 
 
 def test_a_rule_that_needs_a_second_model_says_so():
-    for name in ("rho1", "stm", "asft", "iw_sft", "psft"):
+    for name in ("rho1", "stm", "asft", "iw_sft", "psft", "pear"):
         with pytest.raises(ValueError, match="pass teacher="): Objective.preset(name)(tiny_model(), batch)

@@ -7,8 +7,8 @@ Docs: https://uat-repro.github.io/uat-repro/api/effects.html.md"""
 # %% auto #0
 __all__ = ['LEVEL', 'EQUIVALENCE', 'MARGINS', 'MEASURES', 'RUN', 'SETTING', 'VERDICTS', 'CAUTION', 'ENOUGH', 'Effect',
            'with_interval', 'detectable', 'Measured', 'mean_squares', 'variance_of_mean', 'crossed_effect',
-           'paired_effect', 'mean_effect', 'share_effect', 'arm_gain', 'gains', 'shares', 'simultaneous',
-           'effects_frame', 'verdict', 'in_words', 'sample_note']
+           'paired_effect', 'mean_effect', 'share_effect', 'arm_gain', 'gains', 'shares', 'common_seeds',
+           'simultaneous', 'effects_frame', 'verdict', 'in_words', 'sample_note']
 
 # %% ../nbs/api/12_effects.ipynb #12-effects-03
 import math
@@ -273,6 +273,14 @@ def shares(
     "Share of the loss of one objective that another restores, setting by setting."
     arms = _by_setting(frame, objective, over, start)
     return {key: share_effect(ours, theirs, before, value) for key, (ours, theirs, before) in arms.items()}
+
+# %% ../nbs/api/12_effects.ipynb #12-effects-37c
+def common_seeds(
+    frame: pd.DataFrame,  # `RUN`, seed; any further columns
+) -> pd.DataFrame:  # fewer rows
+    "The rows of those seeds that all objectives of the same model, training set and regime have."
+    many = frame.groupby(list(RUN[:-1]))["objective"].transform("nunique")
+    return frame[frame.groupby([*RUN[:-1], "seed"])["objective"].transform("nunique") == many]
 
 # %% ../nbs/api/12_effects.ipynb #12-effects-39
 def simultaneous(

@@ -51,6 +51,7 @@ PRESETS = {
     "info_sft": dict(keep=1.0, weight="medium_probability"),
     "talr": dict(keep=1.0, weight="adaptive_probability"),
     "psft": dict(keep=1.0, weight="clipped_ratio"),
+    "pear": dict(keep=1.0, weight="suffix_ratio"),
 }
 
 # %% ../nbs/api/08_objective.ipynb #08-objective-24

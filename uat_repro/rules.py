@@ -159,6 +159,13 @@ def _document_ratio(scored: Scored) -> Tensor:
     means, place = _document_means(_log_ratio(scored), scored.layout.documents)
     return means.exp().clamp(max=16)[place]
 
+def _suffix_ratio(scored: Scored) -> Tensor:
+    "The product of 0.999 r over the later tokens of the token's document, with both clipped (PEAR)."
+    total = (_log_ratio(scored).clamp(-.08, .3) + math.log(.999)).cumsum(0)
+    _, length = scored.layout.documents.unique_consecutive(return_counts=True)
+    last = (length.cumsum(0) - 1).repeat_interleave(length)  # (N,) place of the last token of each one's document
+    return (total[last] - total).clamp(-10, 5).exp()
+
 WEIGHTS = {
     "probability": Weight(lambda scored: (-scored.scores.loss).exp()),
     "probability_10": Weight(lambda scored: (-10 * scored.scores.loss).exp()),
@@ -167,4 +174,5 @@ WEIGHTS = {
     "top_entropy": Weight(lambda scored: scored.over_logits(top_entropy), "logits"),
     "clipped_ratio": Weight(_clipped_ratio, "teacher"),
     "document_ratio": Weight(_document_ratio, "teacher"),
+    "suffix_ratio": Weight(_suffix_ratio, "teacher"),
 }
