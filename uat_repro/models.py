@@ -71,6 +71,7 @@ _FOUND: dict[tuple, bool] = {}  # what a trial found, by its name, the model's c
 
 def _body(model: nn.Module) -> nn.Module:
     "The decoder of a causal language model: what comes before its head."
+    if not hasattr(model, "get_decoder"): raise ValueError(f"no causal language model of transformers: {type(model)}")
     decoder = model.get_decoder()
     if not hasattr(decoder, "config"): return model.base_model  # ModernBERT calls its output layer a decoder
     return decoder if decoder.get_output_embeddings() is None else decoder.model  # Llama 4's text model returns itself
@@ -78,8 +79,7 @@ def _body(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def _once(trial: Callable, model: nn.Module) -> bool:
     "Whether a trial on five tokens holds in models of this class and config; True where it cannot be made."
-    name = getattr(trial, "func", trial).__name__
-    key = name, type(model), repr(vars(model.config))
+    key = getattr(trial, "func", trial).__name__, type(model), repr(vars(model.config))
     if key in _FOUND: return _FOUND[key]
     if not all(type(p) is nn.Parameter and p.numel() and not p.is_meta for p in model.parameters()): return True
     ids = torch.arange(5, device=next(model.parameters()).device)[None]  # (1, 5)

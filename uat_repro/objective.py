@@ -181,8 +181,9 @@ def _inverse_divisors(o: Settings, layout: Layout, selected: Tensor, distilled: 
 def _second(o: Settings, teacher: Teacher | None, batch: Mapping, layout: Layout, head: Head) -> tuple:
     "The teacher's states (N, H') of the response tokens and its `Head` on the student's tokens, if they are needed."
     if not o.needs_teacher: return None, None
-    if teacher is None:
-        raise ValueError("this objective needs a teacher: pass teacher=FrozenTeacher(model), made before training")
+    if not hasattr(teacher, "head"):
+        raise ValueError(f"this objective needs a teacher, and teacher is a {type(teacher).__name__}: pass "
+                         "teacher=FrozenTeacher(model), made before training")
     return layout.predicting(teacher(batch)), matching_head(head, teacher.head)
 
 def _score(o: Settings, model: nn.Module, batch: Mapping, layout: Layout, states: Tensor, second: tuple) -> Scored:

@@ -11,6 +11,7 @@ __all__ = ['NEEDS', 'METRICS', 'R', 'WEIGHTS', 'Scored', 'Rule', 'Metric', 'find
 import difflib, math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import attrgetter
 from typing import TypeVar
 
@@ -86,6 +87,8 @@ def _random_by_document(scored: Scored) -> Tensor:
     "One draw for each document, the same for all of its tokens."
     return torch.rand(scored.layout.valid.numel(), device=scored.states.device)[scored.layout.documents]
 
+def _excess(scored: Scored) -> Tensor: return scored.scores.loss - scored.teacher.loss
+
 METRICS = {
     "loss": Metric(attrgetter("scores.loss")),
     "entropy": Metric(attrgetter("scores.entropy")),
@@ -94,7 +97,7 @@ METRICS = {
     "total": Metric(attrgetter("uncertainty.total"), "posterior"),
     "random": Metric(_random, by_document=_random_by_document),
     "teacher_loss": Metric(attrgetter("teacher.loss"), "teacher"),
-    "excess": Metric(lambda scored: scored.scores.loss - scored.teacher.loss, "reference"),
+    "excess": Metric(_excess, "reference"),
 }
 
 # %% ../nbs/api/07a_rules.ipynb #07a-rules-14
@@ -121,7 +124,17 @@ def find_rule(
     return kind(given) if callable(given) else find_named(kind.__name__.lower(), given, known)
 
 # %% ../nbs/api/07a_rules.ipynb #07a-rules-17
-class Weight(Rule): "How much a selected token counts."
+class Weight(Rule):
+    "How much a selected token counts."
+    def __call__(self, scored: Scored) -> Tensor:
+        "The weights (N,), finite and without gradient."
+        weights = super().__call__(scored)
+        if bad := int((~weights.isfinite()).sum()):
+            raise ValueError(f"{bad} of {len(weights)} weights are NaN or infinite: mend the rule, or look for overflow "
+                             "in the model's dtype")
+        return weights
+
+def _power(scored: Scored, k: float) -> Tensor: return (-k * scored.scores.loss).exp()  # p^k
 
 def _medium(scored: Scored, known: float = .93) -> Tensor:
     "p (1 - logit p / logit P), and 0 where p is beyond P (InfoSFT)."
@@ -166,12 +179,14 @@ def _suffix_ratio(scored: Scored) -> Tensor:
     last = (length.cumsum(0) - 1).repeat_interleave(length)  # (N,) place of the last token of each one's document
     return (total[last] - total).clamp(-10, 5).exp()
 
+def _top_entropy(scored: Scored) -> Tensor: return scored.over_logits(top_entropy)
+
 WEIGHTS = {
-    "probability": Weight(lambda scored: (-scored.scores.loss).exp()),
-    "probability_10": Weight(lambda scored: (-10 * scored.scores.loss).exp()),
+    "probability": Weight(partial(_power, k=1)),
+    "probability_10": Weight(partial(_power, k=10)),
     "medium_probability": Weight(_medium),
     "adaptive_probability": Weight(_adaptive),
-    "top_entropy": Weight(lambda scored: scored.over_logits(top_entropy), "logits"),
+    "top_entropy": Weight(_top_entropy, "logits"),
     "clipped_ratio": Weight(_clipped_ratio, "teacher"),
     "document_ratio": Weight(_document_ratio, "teacher"),
     "suffix_ratio": Weight(_suffix_ratio, "teacher"),

@@ -191,6 +191,7 @@ class Collator:
         self,
         rows: Sequence[dict],  # with `labels`, with `input_ids` or `inputs_embeds` (T, H), perhaps `id` and `source`
     ) -> dict:  # tensors (B, T) or (B, T, H), `attention_mask` or if packed `position_ids`, and lists `id`, `source`
+        if not rows: raise ValueError("there are no rows to make a batch of")
         for row in rows: require_field(row, "labels")
         packed, rows = "seq_lengths" in rows[0], _complete([part for row in rows for part in _documents(row)])
         fill = dict(input_ids=self.pad, labels=-100)
