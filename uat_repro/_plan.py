@@ -317,8 +317,8 @@ def plan_text(
     runs = [("runs", "", "expected"), *((e, str(n), about(s)) for e, (n, s) in [*grid.items(), ("together", total)])]
     lines = [f"profile {conf['profile']}", "", *_aligned(runs), "", *_aligned([*_models(conf, gpu)]), "",
              f"disk: {conf['disk_gb']:,.1f} GB, as the profile says, with the hidden states",
-             "expected: seconds of the profile, run after run; trained, judged: tokens, each record "
-             "at its largest length"]
+             "expected: seconds of the profile, run after run; trained, judged: tokens of train and uncertainty alone, "
+             "each record at its largest length"]
     if gpu: lines += [
         f"GPU hours: {_hours(conf, grid)}",
         f"  assumed: an H100 at {SHARE:.0%} of {PEAK / 1e12:.0f} TFLOP/s in bfloat16, which small models do not reach;",
