@@ -6,7 +6,7 @@ Docs: https://uat-repro.github.io/uat-repro/api/tokens.html.md"""
 
 # %% auto #0
 __all__ = ['encode', 'encode_all', 'require_field', 'Collator', 'LengthSampler', 'valid_tokens', 'document_numbers', 'Layout',
-           'lay_out', 'token_frame', 'PLAIN_TEMPLATE', 'use_template']
+           'lay_out', 'token_texts', 'token_frame', 'PLAIN_TEMPLATE', 'use_template']
 
 # %% ../nbs/api/01_tokens.ipynb #01-tokens-03
 import logging, re
@@ -296,6 +296,20 @@ def lay_out(
     valid = valid_tokens(labels, batch.get("position_ids")) & (weights > 0)
     return Layout(valid, labels[valid], document_numbers(batch)[valid], weights[valid].float())
 
+# %% ../nbs/api/01_tokens.ipynb #01-tokens-42b
+def token_texts(
+    ids: Sequence[int],  # tokens one after the other
+    tokenizer,  # turns token ids into text
+) -> list[str]:  # one for each token
+    "The text of each token; a character of several tokens is the text of its last, and � that of the others."
+    texts, begun = [], []
+    for i in ids:
+        text = tokenizer.decode([*begun, i])
+        if begun and "�" in text[:-1]: begun, text = [], tokenizer.decode([i])  # what was begun does not go on
+        begun = [*begun, i] if text.endswith("�") and len(begun) < 3 else []  # no character has more than four bytes
+        texts.append("�" if begun else text)
+    return texts
+
 # %% ../nbs/api/01_tokens.ipynb #01-tokens-43
 def token_frame(
     batch: Mapping,  # padded or packed, with `labels` (B, T) and `id`: list of the ids of its documents
@@ -310,6 +324,6 @@ def token_frame(
         raise ValueError(f"the batch has {documents[-1] + 1} documents and {len(ids)} ids: give one for each document")
     frame = pd.DataFrame(dict(
         record=[ids[i] for i in documents], position=positions[layout.valid.to(positions.device)].tolist(),
-        token=[tokenizer.decode([i]) for i in layout.targets.tolist()]))
+        token=token_texts(layout.targets.tolist(), tokenizer)))
     for name, values in scores.items(): frame[name] = values[layout.valid].cpu().numpy()
     return frame
