@@ -9,13 +9,14 @@ __all__ = ['reliability', 'calibration_error', 'Judged', 'judge', 'fit_temperatu
 
 # %% ../nbs/api/10b_calibration.ipynb #10b-calibration-03
 import math
+from functools import cache, partial
 from typing import Mapping, NamedTuple, Sequence
 
 import pandas as pd, torch
-from scipy.optimize import minimize_scalar
+from scipy.optimize import brentq
 from torch import Tensor, nn
 
-from .head import TokenScores, log_normaliser, token_scores
+from .head import TokenScores, log_normaliser, map_tokens, summarise, token_scores
 from .models import Head, eval_mode, head_of, hidden_states
 from .tokens import lay_out
 
@@ -60,25 +61,31 @@ def judge(
     return Judged(hidden, head, token_scores(hidden, torch.cat([x.targets for x in layouts]), head, watch), top)
 
 # %% ../nbs/api/10b_calibration.ipynb #10b-calibration-13
-def _nll(judged: Judged, temperature: float) -> float:
-    "Mean loss of the tokens at a temperature, nats."
-    own = judged.scores.log_z - judged.scores.loss  # logit of the right token
-    return float((log_normaliser(judged.hidden, judged.head, temperature) - own / temperature).mean())
+def _own(judged: Judged) -> Tensor: return judged.scores.log_z - judged.scores.loss  # (N,) logit of the right token
+
+def _slope(judged: Judged, log_temperature: float) -> float:
+    "Mean entropy minus mean loss at a temperature, nats: the slope of the loss by the logarithm of the temperature."
+    tau = math.exp(log_temperature)
+    def apart(z: Tensor, own: Tensor) -> tuple[Tensor]: return (own / tau - summarise(z / tau)[1],)
+    return float(map_tokens(apart, judged.hidden, judged.head, _own(judged))[0].mean())
 
 def fit_temperature(
     judged: Judged,  # from `judge`, of tokens that nothing else is judged by
 ) -> float:  # between 0.05 and 20, to a thousandth
     "The temperature at which a model's loss is smallest."
-    search = dict(bounds=(-3.0, 3.0), method="bounded", options=dict(xatol=1e-3))
-    return math.exp(minimize_scalar(lambda x: _nll(judged, math.exp(x)), **search).x)
+    slope = cache(partial(_slope, judged))
+    side = 1 if slope(0.0) < 0 else -1  # of zero, where the root lies: mostly near it
+    far = next((side * x for x in (.25, .5, 1.0, 2.0) if slope(side * x) * side >= 0), side * 3.0)
+    return math.exp(brentq(slope, 0.0, far, xtol=1e-3) if slope(far) * side >= 0 else far)
 
 # %% ../nbs/api/10b_calibration.ipynb #10b-calibration-17
 def _row(judged: Judged, temperature: float, bins: int) -> dict:
     "Calibration of a model at a temperature."
-    log_z = log_normaliser(judged.hidden, judged.head, temperature)
+    log_z = judged.scores.log_z if temperature == 1 else log_normaliser(judged.hidden, judged.head, temperature)
+    nll = float((log_z - _own(judged) / temperature).mean())
     table = reliability((judged.top / temperature - log_z).exp(), judged.scores.correct, bins)
     means = {k: float((table[k] * table["tokens"]).sum() / table["tokens"].sum()) for k in ("accuracy", "confidence")}
-    return dict(temperature=temperature, tokens=len(judged.top), nll=_nll(judged, temperature), **means,
+    return dict(temperature=temperature, tokens=len(judged.top), nll=nll, **means,
                 calibration_error=calibration_error(table))
 
 def calibration(
