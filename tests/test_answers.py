@@ -117,3 +117,14 @@ def test_batches_padding_ids_and_settings_of_a_model_change_no_answer(tmp_path):
     model.train()
     together = exact_match(model, tok, records, max_new_tokens=12, batch_size=3)
     assert together.equals(alone) and model.training
+
+
+def test_the_head_gets_whole_states_and_keeps_no_hook():
+    "PyTorch copies the weight for each prompt of a slice, in bfloat16 on a CPU."
+    model, seen = tiny_model().eval(), []
+    head = model.get_output_embeddings()
+    kept = head.register_forward_hook(lambda head, states, out: seen.append(states[0].is_contiguous()))
+    exact_match(model, tiny_tokenizer(), [problem(i) for i in range(3)], max_new_tokens=3)
+    assert len(seen) == 3 and all(seen)
+    kept.remove()
+    assert not head._forward_pre_hooks
