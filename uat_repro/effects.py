@@ -148,9 +148,8 @@ def _differences(a: pd.DataFrame, b: pd.DataFrame, value: str, seeds: str | None
     if twice := max(frame.index.duplicated().sum() for frame in (a, b)):
         raise ValueError(f"{twice} rows repeat a {' and '.join(keys)}; give one row each")
     alone, there = len(a.index.difference(b.index)), len(b.index.difference(a.index))
-    if alone or there:
-        raise ValueError(f"the arms differ: {alone} rows ({', '.join(keys)}) are only in the first and {there} only "
-                         "in the second; evaluate both on the same records and seeds")
+    if alone or there: raise ValueError(f"the arms differ: {alone} rows ({', '.join(keys)}) are only in the first and "
+                                        f"{there} only in the second; evaluate both on the same records and seeds")
     wide = (b - a).unstack("record") if seeds else (b - a).to_frame().T
     if wide.size > len(a): raise ValueError("the seeds have different records; give `run_effect` one value per run")
     if wide.isna().any().all(): raise ValueError(f"no record with a value of {value} in both arms; evaluate again")
