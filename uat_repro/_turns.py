@@ -63,7 +63,7 @@ def read_tools(
 
 # %% ../nbs/api/00c_turns.ipynb #00c-turns-11
 _ASSISTANTS = "gpt", "chatgpt", "assistant", "model", "bard", "bing"
-_ROLES = dict(system="system", developer="system", human="user", user="user", tool="tool",
+_ROLES = dict(system="system", developer="system", human="user", user="user", tool="tool", text="text",
               **dict.fromkeys(_ASSISTANTS, "assistant"))
 _REASONING = "reasoning_content", "thinking", "reasoning"  # names of the reasoning before an answer; the first is kept
 _LEARN = "weight", "train", "training", "loss"
@@ -90,7 +90,7 @@ def message_of(record: dict, speaker: str, text: object, turn: dict = {}) -> dic
     except TypeError as e: raise wrong(f"{e}: mend or remove them") from None
     message: dict = dict(role=_ROLES[speaker], content=content)
     if message["role"] == "tool": return message | {field: turn[field] for field in _OF_RESULTS if turn.get(field)}
-    if message["role"] != "assistant": return message
+    if message["role"] not in ("assistant", "text"): return message
     if reasoning: message["reasoning_content"] = reasoning
     if calls: message["tool_calls"] = calls
     return message if weight == 1 else message | dict(weight=weight)

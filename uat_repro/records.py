@@ -49,6 +49,7 @@ FORMATS = dict(  # the field that marks a format -> a function from a record to 
     prompt=lambda record: _pair(record["prompt"], first_of(record, "completion", "response", "output", "answer")),
     instruction=lambda record: _single(record, "instruction", "input", "context"),
     question=lambda record: _single(record, "context", "question"),
+    text=lambda record: [("text", record["text"])],
 )
 
 # %% ../nbs/api/00_records.ipynb #00-records-10
@@ -61,8 +62,8 @@ class _Fields(dict):
 def _turns(fields: _Fields, record: dict) -> list[tuple]:
     "The turns of a record as written: (speaker, text), and perhaps all fields of the turn."
     present, none = [field for field in FORMATS if field in fields], f"record {excerpt(record)} has no known format: "
-    if not present: raise ValueError(f"{none}give it one of the fields {', '.join(FORMATS)}, or add its format to "
-                                     "uat_repro.records.FORMATS")
+    if not present: raise ValueError(f"{none}give it one of the fields {', '.join(FORMATS)}, name its columns "
+                                     "(--columns prompt=...,completion=...), or add its format to records.FORMATS")
     format = min(present, key=lambda field: nothing(record[field]))
     try: turns = FORMATS[format](fields)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
@@ -80,10 +81,11 @@ def _join(message: dict, more: dict) -> None:
     if weight != 1: message["weight"] = weight
 
 def _follow(before: dict, message: dict, record: dict) -> None:
-    "Raise unless the result of a call follows it, and nothing else."
+    "Raise unless the result of a call follows it, and nothing else, or where a text is beside turns."
     result = message["role"] == "tool"
     if "tool_calls" in before and not result: wrong = "a tool call without result"
-    elif result and "tool_calls" not in before and before["role"] != "tool": wrong = "a result without call"
+    elif result and "tool_calls" not in before and before.get("role") != "tool": wrong = "a result without call"
+    elif before and (before["role"] == "text") != (message["role"] == "text"): wrong = "a text among turns"
     else: return
     raise ValueError(f"record {excerpt(record)} has {wrong}: complete or remove it")
 
@@ -95,10 +97,10 @@ def _joined(turns: list[tuple], record: dict) -> list[dict]:
         if message["role"] == "user": asked = bool(message["content"]) or (asked and messages[-1]["role"] == "user")
         said = message["content"] or "tool_calls" in message or message["role"] == "tool"
         if not said or (message["role"] == "assistant" and not asked): continue
-        _follow(messages[-1] if messages else dict(role=""), message, record)
+        _follow(messages[-1] if messages else {}, message, record)
         if messages and messages[-1]["role"] == message["role"] != "tool": _join(messages[-1], message)
         else: messages.append(message)
-    while messages and messages[-1]["role"] != "assistant": messages.pop()
+    while messages and messages[-1]["role"] not in ("assistant", "text"): messages.pop()
     return messages
 
 def _tools(fields: dict, turns: list[tuple], record: dict) -> list[dict]:
@@ -130,7 +132,7 @@ def _conversation(record: dict) -> tuple[list[dict], list[str]]:
 
 def to_messages(
     record: dict,  # one record, in a format of `FORMATS`
-) -> list[dict]:  # `role`, `content`, perhaps reasoning, calls, tools and `weight`; the assistant speaks last
+) -> list[dict]:  # `role`, `content`, perhaps reasoning, calls, tools and `weight`; an answer is last, or a text alone
     "The chat messages of a record; a `ValueError` names a record that has no response or no known format."
     return _conversation(record)[0]
 

@@ -46,10 +46,10 @@ def _fit(labels: list[int], max_length: int | None, crop: bool) -> None:
     raise _TooLong(f"its {learned[-1] + 1} tokens exceed max_length={max_length}: raise max_length, or cut responses "
                    "(encode with crop=True, encode_all with too_long='crop')", f"longer than max_length={max_length}")
 
-def _require(tokenizer) -> None:
-    "Raise if a tokenizer has no chat template, or does not know where its tokens stand."
+def _require(tokenizer, messages: list[dict]) -> None:
+    "Raise if a tokenizer has no chat template for a conversation, or does not know where its tokens stand."
     name = tokenizer.name_or_path or "this model"
-    if not tokenizer.chat_template:
+    if not tokenizer.chat_template and messages[0]["role"] != "text":
         raise ValueError(f"the tokenizer of {name} has no chat template: take an instruction-tuned model, or give it one "
                          "(a base model: --chat-template plain; in a profile, chat_template: plain; in Python, "
                          "tokenizer.chat_template = tokens.PLAIN_TEMPLATE)")
@@ -73,8 +73,8 @@ def _by_token(weights: list[float], given: Sequence[float]) -> list[float]:
 # %% ../nbs/api/01_tokens.ipynb #01-tokens-13
 def _encode(record: dict, tokenizer, max_length: int | None, crop: bool) -> tuple[dict, bool]:
     "A row as from `encode`, and whether all of its answers have labels."
-    _require(tokenizer)
     messages = to_messages(record)
+    _require(tokenizer, messages)
     id = str(record.get("id") or record_id(messages))
     try:
         ids, labels, weights, whole = label_chat(messages, tokenizer)
