@@ -118,16 +118,22 @@ def _importable(found: Finding) -> Finding:
     remedy = f"pip install --force-reinstall {found.name}"
     return found if there or not found.fine else found._replace(fine=False, detail="no modules", remedy=remedy)
 
+def _packages(extra: str = "") -> list[Finding]:
+    "What was found of the packages that the library requires, or one of its extras."
+    asked = [requirement.partition(";") for requirement in requires("uat_repro") or []]
+    return [_importable(_check_package(requirement.strip())) for requirement, _, condition in asked
+            if (f'"{extra}"' in condition if extra else not condition)]
+
 def findings(data_dir: Path | None, timeout: float) -> list[Finding]:
     "Everything that `doctor` looks at."
     from uat_repro.records import NAMES
-    needed = [_importable(_check_package(r)) for r in requires("uat_repro") or [] if "extra ==" not in r]
+    needed, grid = _packages(), _packages("reproduce")
     hub, weights, access = _check_hub(timeout), [], []
     if all(package.fine for package in needed):  # to know these takes torch
         from uat_repro._weights import PACKAGED_WEIGHTS
         weights = [_check_weights(name, hub.fine) for name in PACKAGED_WEIGHTS]
         access = [_check_access(name, timeout) for name in _repositories("paper") if hub.fine]
-    return [*needed, *weights, hub, *access, *(_check_data(n, data_dir, hub.fine) for n in NAMES), *_check_machine()]
+    return [*needed, *grid, *weights, hub, *access, *(_check_data(n, data_dir, hub.fine) for n in NAMES), *_check_machine()]
 
 # %% ../nbs/api/18a_doctor.ipynb #18a-doctor-18
 def _needs(name: str) -> set[tuple[str, str]]:
