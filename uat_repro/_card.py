@@ -34,10 +34,11 @@ def _settings(chosen: dict) -> str:
 
 def _losses(made: dict) -> str:
     "What was measured on records that were held out."
-    if made["loss_before"] is None: return "Nothing was held out."
-    row = [f"{made[moment]:.3f}" for moment in ("loss_before", "loss_after")]
-    return markdown_table(["loss, nats per response token", "before", "after"],
-                          [["held-out records of the same data (in distribution)", *row]])
+    names = dict(loss="held-out records of the same data (in distribution)", ood=f"{made['ood']} (out of distribution)")
+    rows = [[name, *(f"{made[f'{part}_{moment}']:.3f}" for moment in ("before", "after"))]
+            for part, name in names.items() if made.get(f"{part}_before") is not None]
+    if not rows: return "Nothing was held out."
+    return markdown_table(["loss, nats per response token", "before", "after"], rows)
 
 def _name(value): return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 

@@ -133,7 +133,8 @@ def findings(data_dir: Path | None, timeout: float) -> list[Finding]:
         from uat_repro._weights import PACKAGED_WEIGHTS
         weights = [_check_weights(name, hub.fine) for name in PACKAGED_WEIGHTS]
         access = [_check_access(name, timeout) for name in _repositories("paper") if hub.fine]
-    return [*needed, *grid, *weights, hub, *access, *(_check_data(n, data_dir, hub.fine) for n in NAMES), *_check_machine()]
+    data = [_check_data(name, data_dir, hub.fine) for name in NAMES]
+    return [*needed, *grid, *weights, hub, *access, *data, *_check_machine()]
 
 # %% ../nbs/api/18a_doctor.ipynb #18a-doctor-18
 def _needs(name: str) -> set[tuple[str, str]]:

@@ -12,7 +12,7 @@ __all__ = ['load', 'read_records', 'read_rows', 'mark_selected', 'scored', 'writ
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-03
 import ast, hashlib, math, re, sys, time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import huggingface_hub as hub, pandas as pd, yaml
@@ -168,8 +168,8 @@ def asked_objective(asked) -> Objective:
                          "leave it out, or take another objective, such as rho1")
     return chosen
 
-def train_model(model, tokenizer, rows, validation, chosen, lora=False, reference=None, resume=False, **args):
-    "The Trainer after training, and the validation loss (nats per token) before and after, if anything is held out."
+def train_model(model, tokenizer, rows, held_out, chosen, lora=False, reference=None, resume=False, **args):
+    "The Trainer after training, and the loss (nats per token) before and after on each of the held-out rows: id, ood."
     if chosen.needs_reference and reference is None:
         raise ValueError("the objective compares with a model that was trained on such data: pass it by --reference")
     model, teacher = add_lora(model) if lora else model, None
@@ -177,25 +177,26 @@ def train_model(model, tokenizer, rows, validation, chosen, lora=False, referenc
         initial = AdapterTeacher if lora else FrozenTeacher
         teacher = initial(model) if reference is None else FrozenTeacher(reference)
     args = dict(save_strategy="no", report_to="none", logging_steps=1, lr_scheduler_type="cosine",
-                disable_tqdm=not sys.stderr.isatty(), eval_on_start=validation is not None,
+                disable_tqdm=not sys.stderr.isatty(), eval_on_start=bool(held_out),
                 dataloader_pin_memory=PartialState().device.type != "cpu") | args  # else PyTorch warns of it
     trainer = UncertaintyAwareTrainer(
         model=model, args=TrainingArguments(**args), objective=chosen, train_dataset=rows,
-        teacher=teacher, eval_dataset=validation, processing_class=tokenizer)
+        teacher=teacher, eval_dataset=held_out or None, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume)  # it evaluates at its start, for FSDP divides a model together with its optimiser only
-    if validation is not None: trainer.evaluate()
-    losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line] or [None]
-    return trainer, (losses[0], losses[-1])
+    if held_out: trainer.evaluate()
+    log = {part: [line[name] for line in trainer.state.log_history if (name := f"eval_{part}_loss") in line]
+           for part in held_out}
+    return trainer, {part: (losses[0], losses[-1]) for part, losses in log.items()}
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-17
 def sides(read, documents: int) -> tuple:
-    "Rows to train on and held-out rows; `None` for the latter where a file is too small to have some."
-    try: return read("train", documents), read("validation", 100)
+    "Rows to train on, and held-out rows under `id`, but for a file that is too small to have some."
+    try: return read("train", documents), dict(id=read("validation", 100))
     except NoRecords as e:
         rows = read("all", documents)  # raises where none of them can be used
         print(f"{e}; so all records are trained on, and nothing is held out", file=sys.stderr)
-        return rows, None
+        return rows, {}
 
 def second(reference: str, tokenizer):
     "The model that an objective compares with; it must know the same tokens."
@@ -227,17 +228,18 @@ def keep_start(out: Path, start: dict, resume: bool) -> None:
     if PartialState().is_main_process: write_json(file, start)
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-20
-def keep_run(out: Path, trainer, losses: tuple, about: dict, began: float) -> None:
+def keep_run(out: Path, trainer, losses: dict, about: dict, began: float) -> None:
     "The model, its log, and what it was made with."
-    steps, (before, after) = trainer.state.global_step, losses
+    steps, (before, after) = trainer.state.global_step, losses.get("id", (None, None))
+    elsewhere = dict(zip(("ood_before", "ood_after"), losses.get("ood", ())))
     trainer.save_model(str(out / "model"))
     if not trainer.is_world_process_zero(): return  # one process writes for all
     write_frame(out / "log.parquet", pd.DataFrame(line for line in trainer.state.log_history if "mle" in line))
-    write_json(out / "result.json", about | dict(steps=steps, loss_before=before, loss_after=after))
+    write_json(out / "result.json", about | dict(steps=steps, loss_before=before, loss_after=after) | elsewhere)
     write_json(out / "cost.json", cost(began))
-    told = "nothing held out" if before is None else \
-        f"{len(trainer.eval_dataset)} held-out records: loss {before:.3f} -> {after:.3f} nats per token"
-    print(f"{told} after {steps} steps on {len(trainer.train_dataset)} records: {out / 'model'}")
+    told = [f"{len(trainer.eval_dataset[part])} {dict(id='held-out').get(part, part.upper())} records: loss {first:.3f} -> "
+            f"{last:.3f} nats per token" for part, (first, last) in losses.items()] or ["nothing held out"]
+    print(f"{', '.join(told)} after {steps} steps on {len(trainer.train_dataset)} records: {out / 'model'}")
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-35
 _HERE = {"config", "out", "data_dir", "resume", "push_to_hub"}  # arguments of `train` that say nothing about a run
@@ -275,13 +277,16 @@ def run_training(asked) -> None:
     if asked.push_to_hub: hub.whoami()  # and so is a missing login
     began, (network, tokenizer) = time.time(), load(asked.model, asked.chat_template)
     rows, held_out = sides(lambda part, limit: read_rows(asked, part, limit, tokenizer), asked.documents)
+    if asked.ood: held_out["ood"] = read_rows(replace(asked, dataset=asked.ood, columns=""), "all", 100, tokenizer)
+    ood = Path(asked.ood).stem if asked.ood else None
     name, spec, reference = Path(asked.dataset).stem, Path(asked.model).name, asked.reference
     other = reference and second(reference, tokenizer)
-    made = manifest(asked.seed, {name: digest(rows)}, {spec: weights_hash(network)})
+    data = {name: digest(rows)} | ({f"{ood} (OOD)": digest(held_out["ood"])} if ood else {})
+    made = manifest(asked.seed, data, {spec: weights_hash(network)})
     source = Path(asked.dataset)
     about = dict(dataset=name, model=spec, objective=asked.objective, settings=vars(chosen), documents=len(rows),
                  files=file_hash(source) if source.is_file() else files_digest(asked.dataset, asked.data_dir),
-                 manifest=made)
+                 ood=ood, manifest=made)
     start = dict(data=made["data"], tokens=tokens_hash(rows), weights=made["weights"], objective=vars(chosen),
                  lora=asked.lora, seed=asked.seed, reference=reference and Path(reference).name)
     keep_start(asked.out, start, asked.resume)
