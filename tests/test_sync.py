@@ -49,6 +49,16 @@ def test_the_version_is_the_same_everywhere():
     assert f'__version__ = "{version}"' in said["uat_repro/__init__.py"]
 
 
+def test_the_readme_cites_what_the_citation_file_does():
+    said, readme = (yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8")),
+                    (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= {*said}, "what the format requires"
+    paper, entry = said["references"][0], re.search(r"```bibtex\n(.*?)```", readme, re.S)[1]
+    authors = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in paper["authors"])
+    for part in f"{{{paper['title']}}}", f"{{{authors}}}", f"{{{paper['year']}}}", f"{{{paper['url'].rpartition('/')[2]}}}":
+        assert part in entry
+
+
 def test_extras_that_are_named_exist():
     ours = {k.removesuffix("_requirements") for k in settings() if k.endswith("_requirements")}
     for name in ("README.md", "Dockerfile"):
