@@ -80,7 +80,8 @@ def test_marks_and_reasoning_of_a_turn():
         assert answer(**{field: " two and two\n"})["reasoning_content"] == "two and two"
         assert "reasoning_content" not in answer(**{field: " \n"})
         fails("reasoning that is list", call=lambda: answer(**{field: ["two and two"]}))
-    for wrong in -1, float("inf"), "0.5", [1]:
+    assert answer(weight="0.5", train="True") == {"role": "assistant", "content": "4", "weight": .5}  # as CSV has them
+    for wrong in -1, float("inf"), "high", [1]:
         fails("record ", f"has the weight {wrong!r}: give a number of at least 0", call=lambda: answer(weight=wrong))
     plain, marked = (record_id(to_messages(GSM8K)[:1] + [answer(**mark)]) for mark in ({}, {"train": False}))
     assert plain != marked

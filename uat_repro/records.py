@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ._files import ENDINGS, file_hash, files_of, read_values
 from ._hub import HUB, by_full_name, from_hub, on_hub, renamed, short
-from ._turns import FIELDS, as_text, excerpt, first_of, listed, message_of, nothing, read_tools
+from ._turns import FIELDS, as_number, as_text, excerpt, first_of, listed, message_of, nothing, read_tools
 
 _log = logging.getLogger(__name__)
 
@@ -117,10 +117,16 @@ def _unread(fields: _Fields, turns: list[tuple]) -> list[str]:
         return {f"turn.{field}" for field, value in turn.items() if field not in read and not nothing(value)}
     return own + sorted({name for n, (_, _, *more) in enumerate(turns) for turn in more for name in of(turn, not n)})
 
+def _group(record: dict) -> int | None:
+    "The number of the group of kin that a record belongs to, if it has one."
+    number = as_number(record.get("cluster"))
+    return number if type(number) is int else None
+
 def _conversation(record: dict) -> tuple[list[dict], list[str]]:
     "The messages of a record, as from `to_messages`, and its fields that were not read."
     fields = _Fields(record if isinstance(record, dict) else {})
-    fields.read = {"id", "source", "cluster", "weight", "token_weights"}
+    fields.read = {"id", "source", "weight", "token_weights"}
+    if _group(fields) is None: fields.read.discard("cluster")  # a word is no number of a group, and not read
     turns = _turns(fields, record)
     messages, tools = _joined(turns, record), _tools(fields, turns, record)
     if messages and tools: messages[0]["tools"] = tools
@@ -265,11 +271,17 @@ def _find(name: str, data_dir: str | Path | None) -> tuple[dict[str, list[Callab
     raise _nowhere(name, reasons)
 
 # %% ../nbs/api/00_records.ipynb #00-records-40
+def _token_weights(record: dict) -> list | None:
+    "The weights of a record's tokens, which a table holds as JSON; a `ValueError` names a record where they are none."
+    try: return listed(first_of(record, "token_weights"))
+    except (ValueError, RecursionError):
+        raise ValueError(f"record {excerpt(record)} has token_weights that are no list: write one, as JSON") from None
+
 def _records(streams: Iterable, source: str, complain: Callable[[str], None]) -> Iterator[dict]:
     "All usable records of some streams: `id`, `messages`, `source`, perhaps `cluster` and `token_weights`."
     seen, repeated, named = set(), 0, set()
     for place, raw in (pair for stream in streams for pair in stream(complain)):
-        try: messages, unread = _conversation(raw)
+        try: (messages, unread), weights = _conversation(raw), _token_weights(raw)
         except ValueError as e:
             complain(f"{place}: {e}")
             continue
@@ -277,8 +289,8 @@ def _records(streams: Iterable, source: str, complain: Callable[[str], None]) ->
         named |= new
         for file, field in sorted(new): _log.warning("%s: field %r is not read", file, field)
         record = dict(id=record_id(messages), messages=messages, source=str(first_of(raw, "source") or source))
-        if raw.get("token_weights") is not None: record["token_weights"] = raw["token_weights"]
-        if type(number := raw.get("cluster")) is int: record["cluster"] = f"{source}/{number}"
+        if weights is not None: record["token_weights"] = weights
+        if (number := _group(raw)) is not None: record["cluster"] = f"{source}/{number}"
         if record["id"] in seen: repeated += 1
         else: yield record
         seen.add(record["id"])
