@@ -90,7 +90,7 @@ def _encode(record: dict, tokenizer, max_length: int | None, crop: bool) -> tupl
 
 def encode(
     record: dict,  # a record of `load_records`, or in any format of `records.FORMATS`
-    tokenizer,  # any fast tokenizer with a chat template
+    tokenizer,  # any fast tokenizer; with a chat template, unless the record is a text
     max_length: int | None = None,  # room for prompt and response together, in tokens
     crop: bool = False,  # cut a response that is too long; it then lacks the end-of-turn token
 ) -> dict:  # `input_ids`, `labels` and, where some differ from 1, `loss_weights`: lists of equal length; and `id`
