@@ -51,7 +51,7 @@ def test_doctor_names_a_package_that_is_missing(package):
 
 def test_doctor_names_a_package_whose_modules_are_gone():
     p = subprocess.run([sys.executable, "-c", WITHOUT, "", "pandas"], capture_output=True, text=True)
-    assert p.returncode == 1 and "Traceback" not in p.stderr and "profile smoke  lacks pandas" in p.stdout
+    assert p.returncode == 1 and "Traceback" not in p.stderr and "profile smoke    lacks pandas" in p.stdout
 
 
 def test_results_that_are_stale_or_missing_are_refused(tmp_path, monkeypatch, capsys):

@@ -77,4 +77,4 @@ def test_without_a_checkout_the_commands_say_what_to_clone(installed):
     assert told.returncode == 1 and "clone the repository" in told.stderr and told.stderr.count("\n") == 1
     reason = told.stderr.removeprefix("uat-repro: ").strip()
     doctor = call(installed, "uat-repro", "doctor", "--timeout", ".1")
-    assert doctor.returncode == 1 and reason in doctor.stdout and "profile cpu    lacks notebooks" in doctor.stdout
+    assert doctor.returncode == 1 and reason in doctor.stdout and "profile cpu      lacks notebooks" in doctor.stdout

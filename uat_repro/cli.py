@@ -224,7 +224,7 @@ def doctor(
     from uat_repro._doctor import findings, runnable
     profiles = runnable(found := [_check_notebooks(), *findings(data_dir, timeout)])
     if as_json: print(json.dumps(dict(findings=[f._asdict() for f in found], lacking=profiles), indent=1))
-    else: print(*found, "", *(f"profile {name:6} {'lacks ' + ', '.join(lacking) if lacking else 'can run here'}"
+    else: print(*found, "", *(f"profile {name:8} {'lacks ' + ', '.join(lacking) if lacking else 'can run here'}"
                               for name, lacking in profiles.items()), sep="\n")
     raise typer.Exit(1 if profiles["cpu"] else 0)
 
