@@ -12,14 +12,16 @@ from pathlib import Path
 
 import yaml
 
+from ._files import ENDINGS
+from ._hub import on_hub
 from ._weights import PACKAGED_WEIGHTS
-from .records import HUB
 from .results import markdown_table
 
 # %% ../nbs/api/18d_card.ipynb #18d-card-05
 def _front(arguments: dict) -> str:
     "The lines that the hub reads."
-    model, data = arguments["model"], HUB.get(arguments["dataset"], {}).get("path")
+    model, data = arguments["model"], arguments["dataset"]
+    data = None if data.endswith(ENDINGS) else on_hub(data).get("path")
     if model in PACKAGED_WEIGHTS: model = PACKAGED_WEIGHTS[model].repo
     base = model.partition("@")[0] if model.count("/") == 1 and not Path(model).exists() else None
     library = "peft" if arguments["lora"] else "transformers"

@@ -250,7 +250,7 @@ def score(
     posterior, (network, tokenizer) = MCDropout(p, samples, tuple(sites)), tasks.load(asked.model, asked.chat_template)
     chats = tasks.read_records(asked, split, records)
     tokens = tasks.scored(chats, network, tokenizer, asked.max_length, posterior)
-    tasks.write_scores(out, tokens, by, show, f"{Path(asked.dataset).stem}, scored by {Path(asked.model).name}")
+    tasks.write_scores(out, tokens, by, show, f"{tasks.name_of(asked.dataset)}, scored by {Path(asked.model).name}")
     scored = f"{tokens['record'].nunique()} records" + (" (more by --records)" if len(chats) == records else "")
     print(f"{len(tokens)} tokens of {scored}: {out / 'tokens.parquet'}, {out / 'tokens.html'}")
     print(*tasks.summary(tokens, by, asked.max_length), sep="\n")
