@@ -114,7 +114,10 @@ def _unread(fields: _Fields, turns: list[tuple]) -> list[str]:
     own = [field for field, value in fields.items() if field not in fields.read and not nothing(value)]
     def of(turn: dict, first: bool) -> set[str]:
         read = FIELDS if first else FIELDS - {"tools"}  # which stand with the first turn
-        return {f"turn.{field}" for field, value in turn.items() if field not in read and not nothing(value)}
+        parts = turn["content"] if isinstance(turn.get("content"), list) else []
+        named = [*turn.items(), *((f"content.{name}", part[name]) for part in parts for name in part)]
+        return {f"turn.{field}" for field, value in named
+                if field not in (*read, "content.type", "content.text") and not nothing(value)}
     return own + sorted({name for n, (_, _, *more) in enumerate(turns) for turn in more for name in of(turn, not n)})
 
 def _group(record: dict) -> int | None:
