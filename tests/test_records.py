@@ -19,7 +19,7 @@ def test_a_new_format_is_one_entry(monkeypatch, tmp_path):
     record = {"query": "2 + 2?", "reply": "4"}
     assert to_messages(record) == to_messages({"question": "2 + 2?", "answer": "4"})
     assert load_records(write(tmp_path / "mine.jsonl", [record]), "all")[0]["messages"] == to_messages(record)
-    fails("messages, conversations, prompt, instruction, question, query,", call=lambda: to_messages({"text": "4"}))
+    fails("messages, conversations, prompt, instruction, question, text, query,", call=lambda: to_messages({"reply": "4"}))
     fails("no known format", call=lambda: to_messages({"query": "no completion"}))
 
 
@@ -30,9 +30,10 @@ def test_messages_are_a_format_too(sample):
 
 
 @pytest.mark.parametrize("record, complaint", [
-    ({"text": "plain"}, "no known format"), (["plain"], "no known format"), (7, "no known format"),
+    ({"reply": "plain"}, "no known format"), ({"text": " "}, "no response"), (["plain"], "no known format"), (7, "no known format"),
     ({"messages": ["plain"]}, "no known format"), ({"conversations": None}, "no known format"),
     ({"instruction": "Go", "output": ""}, "no response"), ({"question": "Why?"}, "'question': 'Why?'"),
+    ({"reply": "plain"}, "--columns prompt=...,completion=..."), ({"text": "plain", "system": "S"}, "a text among turns"),
     ({"messages": [{"role": "tool", "content": "4"}]}, "a result without call"), ({"messages": "[" * 10**5}, "its 'messages'"),
     ({"instruction": "Go", "output": "ok", "history": ["ab", "cd"]}, "its 'instruction' (or history)"),
     ({"instruction": "Go", "output": "ok", "history": [["a", "b", "c"]]}, "its 'instruction' (or history)"),
@@ -79,7 +80,8 @@ def test_marks_and_reasoning_of_a_turn():
         assert answer(**{field: " two and two\n"})["reasoning_content"] == "two and two"
         assert "reasoning_content" not in answer(**{field: " \n"})
         fails("reasoning that is list", call=lambda: answer(**{field: ["two and two"]}))
-    for wrong in -1, float("inf"), "0.5", [1]:
+    assert answer(weight="0.5", train="True") == {"role": "assistant", "content": "4", "weight": .5}  # as CSV has them
+    for wrong in -1, float("inf"), "high", [1]:
         fails("record ", f"has the weight {wrong!r}: give a number of at least 0", call=lambda: answer(weight=wrong))
     plain, marked = (record_id(to_messages(GSM8K)[:1] + [answer(**mark)]) for mark in ({}, {"train": False}))
     assert plain != marked

@@ -49,6 +49,16 @@ def test_the_version_is_the_same_everywhere():
     assert f'__version__ = "{version}"' in said["uat_repro/__init__.py"]
 
 
+def test_the_readme_cites_what_the_citation_file_does():
+    said, readme = (yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8")),
+                    (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= {*said}, "what the format requires"
+    paper, entry = said["references"][0], re.search(r"```bibtex\n(.*?)```", readme, re.S)[1]
+    authors = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in paper["authors"])
+    for part in f"{{{paper['title']}}}", f"{{{authors}}}", f"{{{paper['year']}}}", f"{{{paper['url'].rpartition('/')[2]}}}":
+        assert part in entry
+
+
 def test_extras_that_are_named_exist():
     ours = {k.removesuffix("_requirements") for k in settings() if k.endswith("_requirements")}
     for name in ("README.md", "Dockerfile"):
@@ -72,7 +82,7 @@ def test_extras_and_transformers_have_lower_bounds_that_the_lock_meets():
     lock = (ROOT / "requirements.lock").read_text(encoding="utf-8").split()
     locked = {name.lower().replace("_", "-"): version for name, version in (line.split("==") for line in lock)}
     extras = " ".join(v for k, v in settings().items() if k.endswith("_requirements")).split()
-    for needed in map(Requirement, [*extras, *re.findall(r"(?:torch|transformers|snakemake)\S+", settings()["requirements"])]):
+    for needed in map(Requirement, [*extras, *re.findall(r"(?:torch|transformers)\S+", settings()["requirements"])]):
         assert [bound.operator for bound in needed.specifier] == [">="], needed
         assert needed.specifier.contains(locked[needed.name.lower().replace("_", "-")]), needed
 
@@ -80,7 +90,8 @@ def test_extras_and_transformers_have_lower_bounds_that_the_lock_meets():
 def test_what_is_required_is_imported():
     texts = [p.read_text(encoding="utf-8") for folder in ("uat_repro", "nbs") for p in (ROOT / folder).rglob("*")
              if p.suffix in (".py", ".ipynb") or p.name == "Snakefile"]
-    needed = [Requirement(r).name for r in f"{settings()['requirements']} {settings()['offline_requirements']}".split()]
+    lists = [settings()[name] for name in ("requirements", "reproduce_requirements", "offline_requirements")]
+    needed = [Requirement(r).name for r in " ".join(lists).split()]
     modules = {name: dict(pyyaml="yaml").get(name, name.replace("-", "_")) for name in needed if name != "ipykernel"}
     for name, module in modules.items():  # (ipykernel is the kernel that papermill starts)
         found = re.compile(rf"\b(import|from)\b[^#\n]*\b{module}\b")

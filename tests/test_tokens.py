@@ -67,6 +67,19 @@ def test_labels_on_real_files(name, smollm2, data_dir):
         check_labels(encode(record, smollm2), record, smollm2)
 
 
+def test_a_text_needs_no_template_and_begins_with_the_mark_of_the_tokenizer_once():
+    from tokenizers.processors import TemplateProcessing
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template, tokenizer.bos_token = None, "<|im_start|>"
+    mark = tokenizer.bos_token, tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{mark[0]} $A", special_tokens=[mark])
+    for text in "A page.", "<|im_start|>A page.", "A page.<|im_end|>":
+        row = encode(dict(text=text), tokenizer)
+        assert tokenizer.decode(row["input_ids"]) == "<|im_start|>A page.<|im_end|>"
+        assert row["labels"][1:] == row["input_ids"][1:]
+    assert encode(dict(text="A page.", weight=.5), tokenizer)["loss_weights"] == [0] + [.5] * (len(row["labels"]) - 1)
+
+
 FAMILIES = {  # (template, special tokens, end of turn): how the families write a turn, in small
     "llama3": (
         "{{ '<bos>' }}{% for m in messages %}"

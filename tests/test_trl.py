@@ -142,6 +142,14 @@ def test_two_ranks(tmp_path):
         for name in LAYOUTS: torch.testing.assert_close(found[name][1], expected[name][1], atol=2e-5, rtol=1e-4)
 
 
+def test_a_text_has_the_tokens_that_trl_gives_it(tmp_path):
+    texts = [dict(text=text) for text in ("A page.", "It ends.<|im_end|>", "Two\n\nlines")]
+    args = trl.SFTConfig(**options(tmp_path, dict(bf16=False)))
+    theirs = trl.SFTTrainer(tiny_model(), args, train_dataset=Dataset.from_list(texts), processing_class=tokenizer)
+    rows = encode_all(texts, tokenizer)
+    assert [*rows["input_ids"]] == [*rows["labels"]] == [*theirs.train_dataset["input_ids"]]
+
+
 def test_a_step_is_one_forward(tmp_path):
     "And the token log works where batches have ids."
     log, calls = TokenLog(tmp_path/"tokens.parquet", [0], tokenizer), []

@@ -5,6 +5,7 @@ from pathlib import Path
 import nbformat, pandas as pd, pytest, yaml
 from nbformat.v4 import new_code_cell, new_notebook
 
+from uat_repro import workflow
 from uat_repro._verify import sealed, state_of
 from uat_repro.results import AXES, catalogue, claim_folder, figures, folder_of, result_files, runs_of, write_json
 from uat_repro._code import code_digest, known_parameters
@@ -304,3 +305,10 @@ def test_smoke_profile_draws_everything(tmp_path):
     assert {claim["id"] for claim in judged} >= {f"C{i}" for i in range(1, 9)}
     p = subprocess.run([*command, "claims", str(work)], capture_output=True, text=True)
     assert p.returncode == 0 and "C8" in p.stdout
+
+
+@pytest.mark.parametrize("package", ["snakemake", "papermill", "ipykernel"])
+def test_a_package_of_the_workflow_that_is_missing_is_one_line(package, monkeypatch):
+    monkeypatch.setattr(workflow, "find_spec", lambda name: None if name == package else name)
+    with pytest.raises(ImportError, match=rf"the package {package} is missing: run `pip install 'uat_repro\[reproduce\]'`"):
+        plan(["never started"])

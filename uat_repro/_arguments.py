@@ -97,6 +97,7 @@ class Training(Reading):
     learning_rate: option(float, min=0, help="Its peak; a cosine from there.") = 1e-4
     lora: option(bool, "--lora", help="Train an adapter in place of all weights.") = False
     reference: option(str | None, help="Second model, which rho1 compares with; trained on such data.") = None
+    ood: option(str | None, help="Another data set, on which the loss is measured before and after as well.") = None
     seed: option(int, help="Seed of the order of the records.") = 0
     checkpoint_every: option(int, min=0, help="Steps between two checkpoints in --out; 0 for none.") = 0
     resume: option(bool, "--resume", help="Go on from the last whole checkpoint in --out.") = False

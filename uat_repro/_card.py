@@ -12,14 +12,16 @@ from pathlib import Path
 
 import yaml
 
+from ._files import ENDINGS
+from ._hub import on_hub
 from ._weights import PACKAGED_WEIGHTS
-from .records import HUB
 from .results import markdown_table
 
 # %% ../nbs/api/18d_card.ipynb #18d-card-05
 def _front(arguments: dict) -> str:
     "The lines that the hub reads."
-    model, data = arguments["model"], HUB.get(arguments["dataset"], {}).get("path")
+    model, data = arguments["model"], arguments["dataset"]
+    data = None if data.endswith(ENDINGS) else on_hub(data).get("path")
     if model in PACKAGED_WEIGHTS: model = PACKAGED_WEIGHTS[model].repo
     base = model.partition("@")[0] if model.count("/") == 1 and not Path(model).exists() else None
     library = "peft" if arguments["lora"] else "transformers"
@@ -34,10 +36,11 @@ def _settings(chosen: dict) -> str:
 
 def _losses(made: dict) -> str:
     "What was measured on records that were held out."
-    if made["loss_before"] is None: return "Nothing was held out."
-    row = [f"{made[moment]:.3f}" for moment in ("loss_before", "loss_after")]
-    return markdown_table(["loss, nats per response token", "before", "after"],
-                          [["held-out records of the same data (in distribution)", *row]])
+    names = dict(loss="held-out records of the same data (in distribution)", ood=f"{made['ood']} (out of distribution)")
+    rows = [[name, *(f"{made[f'{part}_{moment}']:.3f}" for moment in ("before", "after"))]
+            for part, name in names.items() if made.get(f"{part}_before") is not None]
+    if not rows: return "Nothing was held out."
+    return markdown_table(["loss, nats per response token", "before", "after"], rows)
 
 def _name(value): return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 

@@ -118,16 +118,23 @@ def _importable(found: Finding) -> Finding:
     remedy = f"pip install --force-reinstall {found.name}"
     return found if there or not found.fine else found._replace(fine=False, detail="no modules", remedy=remedy)
 
+def _packages(extra: str = "") -> list[Finding]:
+    "What was found of the packages that the library requires, or one of its extras."
+    asked = [requirement.partition(";") for requirement in requires("uat_repro") or []]
+    return [_importable(_check_package(requirement.strip())) for requirement, _, condition in asked
+            if (f'"{extra}"' in condition if extra else not condition)]
+
 def findings(data_dir: Path | None, timeout: float) -> list[Finding]:
     "Everything that `doctor` looks at."
     from uat_repro.records import NAMES
-    needed = [_importable(_check_package(r)) for r in requires("uat_repro") or [] if "extra ==" not in r]
+    needed, grid = _packages(), _packages("reproduce")
     hub, weights, access = _check_hub(timeout), [], []
     if all(package.fine for package in needed):  # to know these takes torch
         from uat_repro._weights import PACKAGED_WEIGHTS
         weights = [_check_weights(name, hub.fine) for name in PACKAGED_WEIGHTS]
         access = [_check_access(name, timeout) for name in _repositories("paper") if hub.fine]
-    return [*needed, *weights, hub, *access, *(_check_data(n, data_dir, hub.fine) for n in NAMES), *_check_machine()]
+    data = [_check_data(name, data_dir, hub.fine) for name in NAMES]
+    return [*needed, *grid, *weights, hub, *access, *data, *_check_machine()]
 
 # %% ../nbs/api/18a_doctor.ipynb #18a-doctor-18
 def _needs(name: str) -> set[tuple[str, str]]:
@@ -144,5 +151,6 @@ def _needs(name: str) -> set[tuple[str, str]]:
 
 def runnable(found: list[Finding]) -> dict[str, list[str]]:
     "What each profile lacks here; nothing where it can run."
-    needs, lacks = {p: _needs(p) for p in ("smoke", "cpu", "gpu", "paper")}, [f for f in found if not f.fine]
+    profiles = "smoke", "cpu", "cpu-full", "cpu-1b", "gpu", "paper"
+    needs, lacks = {p: _needs(p) for p in profiles}, [f for f in found if not f.fine]
     return {p: sorted(f.what for f in lacks if f.kind == "package" or (f.kind, f.name) in needs[p]) for p in needs}

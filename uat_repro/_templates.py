@@ -158,12 +158,23 @@ def _place_calls(messages: list[dict], text: str, tokenizer) -> tuple[list[tuple
     return spans, len(spans) == len(answers)
 
 # %% ../nbs/api/01a_templates.ipynb #01a-templates-18c
-def label_chat(messages: list[dict], tokenizer) -> tuple[list[int], list[int], list[float], bool]:
-    "Token ids of a chat, labels (the same ids on responses, -100 elsewhere), weights, and if all answers have labels."
+def _is_text(messages: list[dict]) -> bool: return messages[0]["role"] == "text"
+
+def _written(messages: list[dict], tokenizer) -> tuple[str, list[tuple], bool]:
+    "A record as one text, the responses in it (turn, first character, end), and whether these are all of them."
+    if _is_text(messages):
+        end = tokenizer.eos_token or ""
+        text = messages[0]["content"].removesuffix(end) + end
+        return text, [(0, 0, len(text))], True
     text = render_chat(messages, tokenizer)
     place = _place_calls if any("tools" in m or "tool_calls" in m for m in messages) else _place
-    spans, whole = place(messages, text, tokenizer)
-    encoded = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return text, *place(messages, text, tokenizer)
+
+def label_chat(messages: list[dict], tokenizer) -> tuple[list[int], list[int], list[float], bool]:
+    "Token ids of a chat, labels (the same ids on responses, -100 elsewhere), weights, and if all answers have labels."
+    text, spans, whole = _written(messages, tokenizer)
+    own = tokenizer.bos_token and _is_text(messages) and not text.startswith(tokenizer.bos_token)  # no template adds it
+    encoded = tokenizer(text, add_special_tokens=bool(own), return_attention_mask=False, verbose=False)
     ids, offsets = encoded["input_ids"], encoded.encodings[0].offsets
     labels, weights = [-100] * len(ids), [0.0] * len(ids)
     for turn, begin, end in spans:

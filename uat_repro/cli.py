@@ -9,7 +9,7 @@ __all__ = ['app', 'main', 'reproduce', 'plan', 'claims', 'status', 'verify', 'im
            'evaluate', 'cache']
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-03
-import importlib, json, shutil, sys
+import importlib, json, logging, shutil, sys
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
@@ -173,6 +173,7 @@ def status(
 def verify(
     workdir: Annotated[Path, typer.Argument(help="Folder of results.")] = Path("results"),
     data_dir: DataDir = None,
+    as_json: Json = False,
 ):
     "Say which results are missing, altered or stale; the exit status is 1 where some are."
     from uat_repro._verify import altered
@@ -184,8 +185,8 @@ def verify(
     named = {f"notebooks/{Path(f).parent}.ipynb" for f in gone}
     told += sorted(f"{run} is missing, or older than its code or data" for run in _stale(workdir, data_dir)
                    if run.notebook not in named)
-    for line in told: print(line)
-    print(f"{len(runs)} runs in {workdir}: {len(told)} faults")
+    if as_json: print(json.dumps(dict(runs=len(runs), faults=told), indent=1))
+    else: print(*told, f"{len(runs)} runs in {workdir}: {len(told)} faults", sep="\n")
     raise typer.Exit(1 if told else 0)
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-54
@@ -223,7 +224,7 @@ def doctor(
     from uat_repro._doctor import findings, runnable
     profiles = runnable(found := [_check_notebooks(), *findings(data_dir, timeout)])
     if as_json: print(json.dumps(dict(findings=[f._asdict() for f in found], lacking=profiles), indent=1))
-    else: print(*found, "", *(f"profile {name:6} {'lacks ' + ', '.join(lacking) if lacking else 'can run here'}"
+    else: print(*found, "", *(f"profile {name:8} {'lacks ' + ', '.join(lacking) if lacking else 'can run here'}"
                               for name, lacking in profiles.items()), sep="\n")
     raise typer.Exit(1 if profiles["cpu"] else 0)
 
@@ -249,7 +250,7 @@ def score(
     posterior, (network, tokenizer) = MCDropout(p, samples, tuple(sites)), tasks.load(asked.model, asked.chat_template)
     chats = tasks.read_records(asked, split, records)
     tokens = tasks.scored(chats, network, tokenizer, asked.max_length, posterior)
-    tasks.write_scores(out, tokens, by, show, f"{Path(asked.dataset).stem}, scored by {Path(asked.model).name}")
+    tasks.write_scores(out, tokens, by, show, f"{tasks.name_of(asked.dataset)}, scored by {Path(asked.model).name}")
     scored = f"{tokens['record'].nunique()} records" + (" (more by --records)" if len(chats) == records else "")
     print(f"{len(tokens)} tokens of {scored}: {out / 'tokens.parquet'}, {out / 'tokens.html'}")
     print(*tasks.summary(tokens, by, asked.max_length), sep="\n")
@@ -279,6 +280,7 @@ def evaluate(
     from uat_repro.effects import mean_effect
     from uat_repro.evaluation import benchmark
     from uat_repro.results import markdown_table, write_frame, write_whole
+    logging.getLogger("lm_eval").setLevel("ERROR")  # it warns of arguments that no command has
     network, tokenizer = tasks.load(model, chat_template)
     samples, left_out = benchmark(network, tokenizer, task, data_dir, limit, max_new_tokens, batch_size)
     write_frame(out / "samples.parquet", samples)

@@ -11,6 +11,7 @@ __all__ = ['ROLES', 'LOCAL_TASKS', 'NEED_PUNKT', 'Measures', 'hardest', 'by_reco
 # %% ../nbs/api/10_evaluation.ipynb #10-evaluation-03
 import json, os, tempfile
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -209,8 +210,13 @@ def _run_harness(network, tasks: Sequence[str], folder: str, **more) -> dict:
     "Run the harness, with the task files of a folder beside its own."
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
-    return simple_evaluate(network, tasks=list(tasks), task_manager=TaskManager(include_path=folder), num_fewshot=0,
-                           apply_chat_template=True, bootstrap_iters=0, **more)["samples"]
+    manager = TaskManager(include_path=folder)
+    if unknown := [task for task in tasks if not manager.match_tasks([task]) and not Path(task).is_file()]:
+        near = get_close_matches(unknown[0], manager.all_tasks, 1)
+        raise ValueError(f"lm-evaluation-harness has no task {unknown[0]!r}; "
+                         f"{f'did you mean {near[0]!r}? ' if near else ''}`lm-eval ls tasks` lists all")
+    return simple_evaluate(network, tasks=list(tasks), task_manager=manager, num_fewshot=0, apply_chat_template=True,
+                           bootstrap_iters=0, **more)["samples"]
 
 # %% ../nbs/api/10_evaluation.ipynb #10-evaluation-51
 def benchmark(

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ._files import ENDINGS, file_hash, files_of, read_values
 from ._hub import HUB, by_full_name, from_hub, on_hub, renamed, short
-from ._turns import FIELDS, as_text, excerpt, first_of, listed, message_of, nothing, read_tools
+from ._turns import FIELDS, as_number, as_text, excerpt, first_of, listed, message_of, nothing, read_tools
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ FORMATS = dict(  # the field that marks a format -> a function from a record to 
     prompt=lambda record: _pair(record["prompt"], first_of(record, "completion", "response", "output", "answer")),
     instruction=lambda record: _single(record, "instruction", "input", "context"),
     question=lambda record: _single(record, "context", "question"),
+    text=lambda record: [("text", record["text"])],
 )
 
 # %% ../nbs/api/00_records.ipynb #00-records-10
@@ -61,8 +62,8 @@ class _Fields(dict):
 def _turns(fields: _Fields, record: dict) -> list[tuple]:
     "The turns of a record as written: (speaker, text), and perhaps all fields of the turn."
     present, none = [field for field in FORMATS if field in fields], f"record {excerpt(record)} has no known format: "
-    if not present: raise ValueError(f"{none}give it one of the fields {', '.join(FORMATS)}, or add its format to "
-                                     "uat_repro.records.FORMATS")
+    if not present: raise ValueError(f"{none}give it one of the fields {', '.join(FORMATS)}, name its columns "
+                                     "(--columns prompt=...,completion=...), or add its format to records.FORMATS")
     format = min(present, key=lambda field: nothing(record[field]))
     try: turns = FORMATS[format](fields)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
@@ -80,10 +81,11 @@ def _join(message: dict, more: dict) -> None:
     if weight != 1: message["weight"] = weight
 
 def _follow(before: dict, message: dict, record: dict) -> None:
-    "Raise unless the result of a call follows it, and nothing else."
+    "Raise unless the result of a call follows it, and nothing else, or where a text is beside turns."
     result = message["role"] == "tool"
     if "tool_calls" in before and not result: wrong = "a tool call without result"
-    elif result and "tool_calls" not in before and before["role"] != "tool": wrong = "a result without call"
+    elif result and "tool_calls" not in before and before.get("role") != "tool": wrong = "a result without call"
+    elif before and (before["role"] == "text") != (message["role"] == "text"): wrong = "a text among turns"
     else: return
     raise ValueError(f"record {excerpt(record)} has {wrong}: complete or remove it")
 
@@ -95,10 +97,10 @@ def _joined(turns: list[tuple], record: dict) -> list[dict]:
         if message["role"] == "user": asked = bool(message["content"]) or (asked and messages[-1]["role"] == "user")
         said = message["content"] or "tool_calls" in message or message["role"] == "tool"
         if not said or (message["role"] == "assistant" and not asked): continue
-        _follow(messages[-1] if messages else dict(role=""), message, record)
+        _follow(messages[-1] if messages else {}, message, record)
         if messages and messages[-1]["role"] == message["role"] != "tool": _join(messages[-1], message)
         else: messages.append(message)
-    while messages and messages[-1]["role"] != "assistant": messages.pop()
+    while messages and messages[-1]["role"] not in ("assistant", "text"): messages.pop()
     return messages
 
 def _tools(fields: dict, turns: list[tuple], record: dict) -> list[dict]:
@@ -112,13 +114,22 @@ def _unread(fields: _Fields, turns: list[tuple]) -> list[str]:
     own = [field for field, value in fields.items() if field not in fields.read and not nothing(value)]
     def of(turn: dict, first: bool) -> set[str]:
         read = FIELDS if first else FIELDS - {"tools"}  # which stand with the first turn
-        return {f"turn.{field}" for field, value in turn.items() if field not in read and not nothing(value)}
+        parts = turn["content"] if isinstance(turn.get("content"), list) else []
+        named = [*turn.items(), *((f"content.{name}", part[name]) for part in parts for name in part)]
+        return {f"turn.{field}" for field, value in named
+                if field not in (*read, "content.type", "content.text") and not nothing(value)}
     return own + sorted({name for n, (_, _, *more) in enumerate(turns) for turn in more for name in of(turn, not n)})
+
+def _group(record: dict) -> int | None:
+    "The number of the group of kin that a record belongs to, if it has one."
+    number = as_number(record.get("cluster"))
+    return number if type(number) is int else None
 
 def _conversation(record: dict) -> tuple[list[dict], list[str]]:
     "The messages of a record, as from `to_messages`, and its fields that were not read."
     fields = _Fields(record if isinstance(record, dict) else {})
-    fields.read = {"id", "source", "cluster", "weight", "token_weights"}
+    fields.read = {"id", "source", "weight", "token_weights"}
+    if _group(fields) is None: fields.read.discard("cluster")  # a word is no number of a group, and not read
     turns = _turns(fields, record)
     messages, tools = _joined(turns, record), _tools(fields, turns, record)
     if messages and tools: messages[0]["tools"] = tools
@@ -130,7 +141,7 @@ def _conversation(record: dict) -> tuple[list[dict], list[str]]:
 
 def to_messages(
     record: dict,  # one record, in a format of `FORMATS`
-) -> list[dict]:  # `role`, `content`, perhaps reasoning, calls, tools and `weight`; the assistant speaks last
+) -> list[dict]:  # `role`, `content`, perhaps reasoning, calls, tools and `weight`; an answer is last, or a text alone
     "The chat messages of a record; a `ValueError` names a record that has no response or no known format."
     return _conversation(record)[0]
 
@@ -263,11 +274,17 @@ def _find(name: str, data_dir: str | Path | None) -> tuple[dict[str, list[Callab
     raise _nowhere(name, reasons)
 
 # %% ../nbs/api/00_records.ipynb #00-records-40
+def _token_weights(record: dict) -> list | None:
+    "The weights of a record's tokens, which a table holds as JSON; a `ValueError` names a record where they are none."
+    try: return listed(first_of(record, "token_weights"))
+    except (ValueError, RecursionError):
+        raise ValueError(f"record {excerpt(record)} has token_weights that are no list: write one, as JSON") from None
+
 def _records(streams: Iterable, source: str, complain: Callable[[str], None]) -> Iterator[dict]:
     "All usable records of some streams: `id`, `messages`, `source`, perhaps `cluster` and `token_weights`."
     seen, repeated, named = set(), 0, set()
     for place, raw in (pair for stream in streams for pair in stream(complain)):
-        try: messages, unread = _conversation(raw)
+        try: (messages, unread), weights = _conversation(raw), _token_weights(raw)
         except ValueError as e:
             complain(f"{place}: {e}")
             continue
@@ -275,8 +292,8 @@ def _records(streams: Iterable, source: str, complain: Callable[[str], None]) ->
         named |= new
         for file, field in sorted(new): _log.warning("%s: field %r is not read", file, field)
         record = dict(id=record_id(messages), messages=messages, source=str(first_of(raw, "source") or source))
-        if raw.get("token_weights") is not None: record["token_weights"] = raw["token_weights"]
-        if type(number := raw.get("cluster")) is int: record["cluster"] = f"{source}/{number}"
+        if weights is not None: record["token_weights"] = weights
+        if (number := _group(raw)) is not None: record["cluster"] = f"{source}/{number}"
         if record["id"] in seen: repeated += 1
         else: yield record
         seen.add(record["id"])

@@ -46,10 +46,10 @@ def _fit(labels: list[int], max_length: int | None, crop: bool) -> None:
     raise _TooLong(f"its {learned[-1] + 1} tokens exceed max_length={max_length}: raise max_length, or cut responses "
                    "(encode with crop=True, encode_all with too_long='crop')", f"longer than max_length={max_length}")
 
-def _require(tokenizer) -> None:
-    "Raise if a tokenizer has no chat template, or does not know where its tokens stand."
+def _require(tokenizer, messages: list[dict]) -> None:
+    "Raise if a tokenizer has no chat template for a conversation, or does not know where its tokens stand."
     name = tokenizer.name_or_path or "this model"
-    if not tokenizer.chat_template:
+    if not tokenizer.chat_template and messages[0]["role"] != "text":
         raise ValueError(f"the tokenizer of {name} has no chat template: take an instruction-tuned model, or give it one "
                          "(a base model: --chat-template plain; in a profile, chat_template: plain; in Python, "
                          "tokenizer.chat_template = tokens.PLAIN_TEMPLATE)")
@@ -73,8 +73,8 @@ def _by_token(weights: list[float], given: Sequence[float]) -> list[float]:
 # %% ../nbs/api/01_tokens.ipynb #01-tokens-13
 def _encode(record: dict, tokenizer, max_length: int | None, crop: bool) -> tuple[dict, bool]:
     "A row as from `encode`, and whether all of its answers have labels."
-    _require(tokenizer)
     messages = to_messages(record)
+    _require(tokenizer, messages)
     id = str(record.get("id") or record_id(messages))
     try:
         ids, labels, weights, whole = label_chat(messages, tokenizer)
@@ -90,7 +90,7 @@ def _encode(record: dict, tokenizer, max_length: int | None, crop: bool) -> tupl
 
 def encode(
     record: dict,  # a record of `load_records`, or in any format of `records.FORMATS`
-    tokenizer,  # any fast tokenizer with a chat template
+    tokenizer,  # any fast tokenizer; with a chat template, unless the record is a text
     max_length: int | None = None,  # room for prompt and response together, in tokens
     crop: bool = False,  # cut a response that is too long; it then lacks the end-of-turn token
 ) -> dict:  # `input_ids`, `labels` and, where some differ from 1, `loss_weights`: lists of equal length; and `id`

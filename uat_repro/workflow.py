@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 
@@ -215,7 +216,9 @@ def _reason(text: str) -> str:
 def plan(
     command: list[str],  # from `snakemake_command`
 ) -> list[Run]:  # what would run
-    "The runs that are missing or out of date. Raises where the configuration is wrong."
+    "The runs that are missing or out of date. Raises where the configuration is wrong, or a package is missing."
+    if lacking := [package for package in ("snakemake", "papermill", "ipykernel") if find_spec(package) is None]:
+        raise ImportError(f"the package {lacking[0]} is missing: run `pip install 'uat_repro[reproduce]'`")
     p = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, encoding="utf-8")
     found = list(events(p.stdout.splitlines()))
     if not p.returncode: return [run for _, run in found]
