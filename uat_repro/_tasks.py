@@ -222,10 +222,11 @@ def tokens_hash(rows) -> str:
     return told.hexdigest()[:16]
 
 def keep_start(out: Path, start: dict, resume: bool) -> None:
-    "Keep what a training starts with in `out`. Raises where checkpoints of another start are there."
+    "Keep what a training starts with in `out`. Raises where a model or checkpoints of another start are there."
     file = out / "start.json"
-    if not resume and any(out.glob("checkpoint-*")):
-        raise ValueError(f"{out} holds checkpoints of an earlier start: go on by --resume, or give another --out")
+    if not resume and (there := [kind for kind in ("model", "checkpoint-*") if any(out.glob(kind))]):
+        ways = "go on by --resume, or give" if "checkpoint-*" in there else "give"
+        raise ValueError(f"{out} holds {' and '.join(there)} of an earlier start: {ways} another --out")
     before = read_json(file) if resume and file.exists() else start
     if other := [name for name in start if before.get(name) != start[name]]:
         raise ValueError(f"the checkpoints in {out} were made with other values of {', '.join(other)}: "
