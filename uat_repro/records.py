@@ -103,6 +103,7 @@ def _tools(fields: dict, turns: list[tuple], record: dict) -> list[dict]:
     try: return [tool for holder in holders for tool in read_tools(holder, "tools")]
     except TypeError as e: raise ValueError(f"record {excerpt(record)} has {e}: mend or remove them") from None
 
+# %% ../nbs/api/00_records.ipynb #00-records-13e
 def _unread(fields: _Fields, turns: list[tuple]) -> list[str]:
     "The fields of a record and of its turns that hold something and are not read."
     own = [field for field, value in fields.items() if field not in fields.read and not nothing(value)]
@@ -119,6 +120,7 @@ def _group(record: dict) -> int | None:
     number = as_number(record.get("cluster"))
     return number if type(number) is int else None
 
+# %% ../nbs/api/00_records.ipynb #00-records-13g
 def _conversation(record: dict) -> tuple[list[dict], list[str]]:
     "The messages of a record, as from `to_messages`, and its fields that were not read."
     fields = _Fields(record if isinstance(record, dict) else {})
