@@ -1,6 +1,9 @@
 """Weights of records, turns and tokens: from the data to the gradient, against formulas written out in a loop."""
 import json, math
+from importlib.util import find_spec
+from pathlib import Path
 
+from hypothesis import assume, given, strategies as st
 import pandas as pd, pytest, torch
 import torch.distributed as dist
 from datasets import Dataset
@@ -8,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import DataCollatorWithFlattening, TrainingArguments
 
 from examples import PAIRS, flat_grad, logits_of, rows, tokenizer
+from test_tokens import TEMPLATES, letters, tiny
 from test_training import InOrder, two_processes
 from uat_repro.cli import main
 from uat_repro.distillation import FrozenTeacher
@@ -260,6 +264,151 @@ def test_scores_have_the_weights_where_some_differ_from_one(tmp_path):
     assert ["weight 2" in heatmap_html(frame, "loss") for frame in (plain, heavy)] == [False, True]
 
 
+# ---- of parts of a text --------------------------------------------------------------------------
+
+def part(text, *weight): return dict(type="text", text=text) | dict(zip(["weight"], weight))
+
+def said(*parts, **fields):
+    "A record whose answer has these parts: texts, or pairs of text and weight."
+    content = [part(one) if isinstance(one, str) else part(*one) for one in parts]
+    return dict(messages=[dict(role="user", content=[part("2 + 2?")]),
+                          dict(role="assistant", content=content, **fields)])
+
+
+def joined(record):
+    "The same record with the parts of a text in one, and without weights."
+    return record | dict(messages=[
+        {k: v for k, v in m.items() if k != "weight"} |
+        (dict(content="".join(p["text"] for p in m["content"])) if isinstance(m["content"], list) else {})
+        for m in record["messages"]])
+
+
+def stretches(record, words):
+    "The tokens of the responses, those of weight 0 too, as stretches of one weight."
+    row, plain, out = encode(record, words), encode(joined(record), words), []
+    weights = row.get("loss_weights") or [float(label != -100) for label in row["labels"]]
+    assert row["input_ids"] == plain["input_ids"]
+    assert row["labels"] == [label if w else -100 for label, w in zip(plain["labels"], weights)]
+    for token, w in ((token, w) for token, w in zip(plain["labels"], weights) if token != -100):
+        if out and out[-1][1] == w: out[-1][0].append(token)
+        else: out.append(([token], w))
+    return [(words.decode(tokens), w) for tokens, w in out]
+
+
+def test_a_part_of_an_answer_has_its_weight():
+    assert stretches(said((" Hm. ", 0), ("4", 2.), "! ", weight=.5), tokenizer) == [
+        ("Hm. ", 0), ("4", 1), ("!<|im_end|>", .5)]
+    row = encode(dict(text=[part("Hm. ", 0), part("4")]), tokenizer)
+    assert tokenizer.decode([label for label in row["labels"] if label != -100]) == "4<|im_end|>"
+    assert "loss_weights" not in row
+    with pytest.raises(ValueError, match="no turn of it is marked"): encode(said(("4", 0), ("!", False)), tokenizer)
+
+
+def test_a_token_over_the_border_of_two_parts_is_of_the_part_in_which_it_ends():
+    template, special, _ = TEMPLATES["chatml"]
+    words, pieces = letters([("Ġ", "4"), (".", "Ġ")], special), letters(special=special, pieces=True)
+    words.chat_template = pieces.chat_template = template
+    assert stretches(said(("is ", 0), ("4", 3)), words) == [("is", 0), (" 4<|im_end|>", 3)]
+    assert stretches(said(("a.", 2), (" ", 0), "b"), words) == [("a", 2), (". ", 0), ("b<|im_end|>", 1)]
+    found = encode(said(("is ", 0), ("4", 3)), pieces)  # a tokenizer that puts a space before a text
+    assert pieces.convert_ids_to_tokens([i for i in found["labels"] if i != -100]) == ["4", "<|im_end|>"]
+
+
+SMALL = {name: tiny(template, special) for name, (template, special, _) in TEMPLATES.items()}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@given(parts=st.lists(st.text("ab .é🙂\n", max_size=4), min_size=1, max_size=5),
+       weights=st.lists(st.sampled_from([0, .5, 1, 2]), min_size=5, max_size=5))
+def test_parts_in_any_template(name, parts, weights):
+    "Without weights the row is that of the text, with one weight that of the turn; else token by token."
+    assume(text := "".join(parts).strip())
+    words, plain = SMALL[name], joined(record := said(*parts))
+    assert encode(record, words) == encode(plain, words)
+    assert encode(said(*zip(parts, [2] * 5)), words) == encode(plain | dict(weight=2), words)
+    begin = "".join(parts).index(text)
+    of = [w for one, w in zip(parts, weights) for _ in one][begin:begin + len(text)]  # of each character
+    turn = encode(plain | dict(weight=2), words)
+    rendered, end = words.decode(turn["input_ids"]), TEMPLATES[name][2]
+    at = rendered.rindex(text + ("<|return|>" if end is None else end))
+    offsets = words(rendered, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    by_hand = [of[min(stop - at, len(of)) - 1] * w / 2 if w else 0
+               for (_, stop), w in zip(offsets, turn["loss_weights"])]
+    assume(any(by_hand))
+    row = encode(said(*zip(parts, weights)), words)
+    assert row.get("loss_weights", [float(label != -100) for label in row["labels"]]) == by_hand
+    assert row["labels"] == [label if w else -100 for label, w in zip(turn["labels"], by_hand)]
+
+
+def of_trl(name):
+    "A small tokenizer with a template that TRL publishes."
+    spec = find_spec("trl") or pytest.skip("TRL is an optional companion: pip install trl")
+    file = Path(spec.origin).parent/"chat_templates"/f"{name}.jinja"
+    return tiny(file.read_text(encoding="utf-8"), ["<think>", "</think>", "<|eot_id|>", "<|im_start|>", "<|im_end|>"])
+
+
+@pytest.mark.parametrize("name, end", [("llama3_2", "<|eot_id|>"), ("qwen2_5", "<|im_end|>"),
+                                       ("gemma3", "<end_of_turn>")])
+def test_parts_in_real_templates(name, end):
+    found = stretches(said((" \n So. ", 0), "It is ", ("4.\n", 2)), of_trl(name))
+    assert found == [("So. ", 0), ("It is ", 1), ("4." + end, 2)]
+
+
+def test_reasoning_has_the_weight_of_its_turn_and_parts_that_a_template_rewrites_are_refused():
+    words, thought = of_trl("qwen3"), "<think>\n2 and 2\n</think>\n\n"
+    assert stretches(said(("So. ", 0), ("4.", 2), thinking="2 and 2"), words) == [
+        (thought, 1), ("So. ", 0), ("4.<|im_end|>", 2)]
+    assert stretches(said((thought, .5), ("4.", 2)), words) == [(thought, .5), ("4.<|im_end|>", 2)]
+    with pytest.raises(ValueError, match="^record 'x7': it has weights of parts") as e:
+        encode(said(("<think>2 and 2</think>", .5), ("4.", 2)) | dict(id="x7"), words)
+    assert "\n" not in str(e.value)
+
+
+def test_calls_have_the_weight_of_their_turn():
+    words, call = of_trl("qwen2_5"), dict(name="add", arguments=dict(a=2, b=2))
+    def calls(*parts):
+        record = said(*parts, tool_calls=[dict(type="function", function=call)]) | dict(tools=[dict(name="add")])
+        record["messages"] += [dict(role="tool", content="4"), *said("It is ", ("4", 3))["messages"][1:]]
+        return record
+    assert stretches(calls(("I ", 0), ("add.", 2)), words) == [
+        ("I ", 0), ("add.", 2), (f"\n<tool_call>\n{json.dumps(call)}\n</tool_call><|im_end|>It is ", 1),
+        ("4<|im_end|>", 3)]
+    with pytest.raises(ValueError, match="weights of parts"): encode(calls(("add", 2)), words)  # which of the two?
+
+
+def test_parts_of_joined_turns_keep_their_weights():
+    record = said((" So. ", 0), ("4 ", 2))
+    for more in said("Yes."), said(("No", 3)): record["messages"] += more["messages"][1:]
+    assert stretches(record, tokenizer) == [("So. ", 0), ("4", 2), ("\n\nYes.", 1), ("\n\nNo<|im_end|>", 3)]
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet", "jsonl"])
+def test_parts_are_read_from_files_of_any_kind(ending, tmp_path):
+    raw = [said(("So. ", 0), "4", ("!", .5)), said("5")]
+    table = pd.DataFrame(dict(messages=[record["messages"] for record in raw]))
+    if ending == "csv": table.map(json.dumps).to_csv(tmp_path/"t.csv", index=False)
+    elif ending == "parquet": table.to_parquet(tmp_path/"t.parquet")
+    else: table.to_json(tmp_path/"t.jsonl", orient="records", lines=True)
+    records = load_records(tmp_path/f"t.{ending}", "all")
+    assert [encode(record, tokenizer) for record in records] == [encode(record, tokenizer) for record in raw]
+    assert records[0]["id"] == record_id(to_messages(joined(raw[0])))  # weights are no part of a name
+    again = Dataset.from_list([dict(messages=records[0]["messages"])])
+    assert encode(again[0], tokenizer) == encode(raw[0], tokenizer)
+
+
+@pytest.mark.parametrize("wrong", [-1, math.inf, "high", "NaN", [1]], ids=str)
+def test_bad_weights_of_parts_are_refused_in_one_line_that_names_the_record(wrong):
+    with pytest.raises(ValueError, match="record 'x7' has the weight") as e:
+        encode(said("It is ", ("4", wrong)) | dict(id="x7"), tokenizer)
+    assert "\n" not in str(e.value)
+    plain = joined(said("It is 4"))
+    for given in wrong, [wrong], [dict(end=7, weight=wrong)], [dict(end=6, weight=0)], [dict(end=-1, weight=0)] * 2:
+        plain["messages"][1]["content_weights"] = given
+        with pytest.raises(ValueError, match="record 'x7' has (the weight|content_weights)") as e:
+            encode(plain | dict(id="x7"), tokenizer)
+        assert "\n" not in str(e.value)
+
+
 # ---- in the Trainers -----------------------------------------------------------------------------
 
 def arguments(folder, **changes):
@@ -305,7 +454,8 @@ def test_trl_takes_them_with_our_collator_and_refuses_to_lose_them(tmp_path):
                                           data_collator=collator)
     expected = gradient(Objective.preset("mle"), weighted(), [6])
     torch.testing.assert_close(change(trainer(collate)), expected, atol=1e-5, rtol=1e-3)
-    raw = dict(messages=chat(), weight=2.), dict(messages=chat(), token_weights=[2.]), dict(messages=chat(weight=2.))
+    raw = [dict(messages=chat(), weight=2.), dict(messages=chat(), token_weights=[2.]), dict(messages=chat(weight=2.)),
+           said(("4", 2.)), dict(messages=to_messages(said(("4", 2.))))]
     for attempt in (lambda: trainer(), lambda: trainer(collate, packing=True, max_length=64),
                     *(lambda record=record: trainer(rows=Dataset.from_list([record])) for record in raw)):
         with pytest.raises(ValueError, match="TRL does not read weights"): attempt()

@@ -125,14 +125,14 @@ def _thoughts(message: dict) -> dict:
 
 # %% ../nbs/api/01a_templates.ipynb #01a-templates-18
 def _place(messages: list[dict], text: str, tokenizer) -> tuple[list[tuple], bool]:
-    "The responses in a rendered chat: (turn, first character, end), and whether these are all of them."
+    "The responses in a rendered chat: (turn, first character, end, end of its text), and if these are all of them."
     for split in messages, [_thoughts(m) for m in messages]:
         layout, spans, whole = _pattern(split, tokenizer)
         texts = [m[field] for m in split for field in _TEXTS if field in m]
         parts = [texts[int(part)] if n % 2 else part for n, part in enumerate(layout)]
         if "".join(parts) != text: continue
         at = [0, *accumulate(map(len, parts))]
-        return [(i, at[begin] - back, at[end + 1] + closing) for i, begin, back, end, closing in spans], whole
+        return [(i, at[begin] - back, at[end + 1] + more, at[end + 1]) for i, begin, back, end, more in spans], whole
     raise Unusable("the chat template rewrites its text: take another template, or remove the record",
                     "rewritten by the chat template")
 
@@ -149,9 +149,12 @@ def _place_calls(messages: list[dict], text: str, tokenizer) -> tuple[list[tuple
     for i in answers:
         asked = render_chat(messages[:i], tokenizer, add_generation_prompt=True)
         given = render_chat(messages[:i + 1], tokenizer).rstrip()
-        if given.startswith(asked) and text.startswith(given): spans.append((i, len(asked), len(given)))
+        if not (given.startswith(asked) and text.startswith(given)): continue
+        said = messages[i]["content"]
+        ends = {find(said, len(asked), len(given)) + len(said) for find in (text.find, text.rfind)}
+        spans.append((i, len(asked), len(given), ends.pop() if len(ends) == 1 else 0))  # 0: it stands there twice
     tools = [tool.get("function", tool)["name"] for tool in messages[0].get("tools", ())]
-    lost = any(_missing(messages[i], text[begin:end]) for i, begin, end in spans)
+    lost = any(_missing(messages[i], text[begin:end]) for i, begin, end, _ in spans)
     if lost or answers[-1] not in [i for i, *_ in spans] or not all(tool in text for tool in tools):
         raise Unusable("the chat template does not write its tools or calls as they are: take another template, or "
                        "remove the record", "with tools that the chat template does not write")
@@ -161,15 +164,30 @@ def _place_calls(messages: list[dict], text: str, tokenizer) -> tuple[list[tuple
 def _is_text(messages: list[dict]) -> bool: return messages[0]["role"] == "text"
 
 def _written(messages: list[dict], tokenizer) -> tuple[str, list[tuple], bool]:
-    "A record as one text, the responses in it (turn, first character, end), and whether these are all of them."
+    "A record as one text, the responses in it, as from `_place`, and whether these are all of them."
     if _is_text(messages):
         end = tokenizer.eos_token or ""
         text = messages[0]["content"].removesuffix(end) + end
-        return text, [(0, 0, len(text))], True
+        return text, [(0, 0, len(text), len(messages[0]["content"]))], True
     text = render_chat(messages, tokenizer)
     place = _place_calls if any("tools" in m or "tool_calls" in m for m in messages) else _place
     return text, *place(messages, text, tokenizer)
 
+# %% ../nbs/api/01a_templates.ipynb #01a-templates-18f
+def _by_part(message: dict, text: str, stop: int, ends: Sequence[int]) -> list[float]:
+    "The weights of an answer's tokens, which end at these characters of `text`; its own text ends at `stop`."
+    weight, parts, size = float(message.get("weight", 1)), message.get("content_weights"), len(message["content"])
+    if not (parts and weight): return [weight] * len(ends)
+    if not text.endswith(message["content"], 0, stop):
+        what = "weights of parts of a text that the chat template rewrites or repeats"
+        raise Unusable(f"it has {what}: weigh the whole turn or each token, or remove the record", f"with {what}")
+    def of(end: int) -> float:
+        at = end - stop + size  # in the text of the message
+        if at <= 0 or at > size and "tool_calls" in message: return 1
+        return parts[bisect_left(parts, min(at, size), key=itemgetter("end"))]["weight"]
+    return [weight * of(end) for end in ends]
+
+# %% ../nbs/api/01a_templates.ipynb #01a-templates-18h
 def label_chat(messages: list[dict], tokenizer) -> tuple[list[int], list[int], list[float], bool]:
     "Token ids of a chat, labels (the same ids on responses, -100 elsewhere), weights, and if all answers have labels."
     text, spans, whole = _written(messages, tokenizer)
@@ -177,12 +195,11 @@ def label_chat(messages: list[dict], tokenizer) -> tuple[list[int], list[int], l
     encoded = tokenizer(text, add_special_tokens=bool(own), return_attention_mask=False, verbose=False)
     ids, offsets = encoded["input_ids"], encoded.encodings[0].offsets
     labels, weights = [-100] * len(ids), [0.0] * len(ids)
-    for turn, begin, end in spans:
-        weight = float(messages[turn].get("weight", 1))
-        if not weight: continue
+    for turn, begin, end, stop in spans:
         first = bisect_right(offsets, begin, key=itemgetter(1))
         last = bisect_left(offsets, end, key=itemgetter(0))
-        labels[first:last], weights[first:last] = ids[first:last], [weight] * (last - first)
+        weights[first:last] = _by_part(messages[turn], text, stop, [to for _, to in offsets[first:last]])
+        labels[first:last] = [i if weight else -100 for i, weight in zip(ids[first:last], weights[first:last])]
     if not any(weights):
         raise Unusable("no turn of it is marked for training: mark one, or remove the record", "without a label")
     return ids, labels, weights, whole

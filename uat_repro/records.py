@@ -18,7 +18,8 @@ from pathlib import Path
 
 from ._files import ENDINGS, file_hash, files_of, read_values
 from ._hub import HUB, by_full_name, from_hub, on_hub, renamed, short
-from ._turns import FIELDS, as_number, as_text, excerpt, first_of, listed, message_of, nothing, read_tools
+from ._turns import (FIELDS, as_number, as_text, excerpt, first_of, join, listed, message_of, nothing,
+                              read_tools)
 
 _log = logging.getLogger(__name__)
 
@@ -73,13 +74,6 @@ def _turns(fields: _Fields, record: dict) -> list[tuple]:
     return turns if system is None else [("system", system), *turns]
 
 # %% ../nbs/api/00_records.ipynb #00-records-13
-def _join(message: dict, more: dict) -> None:
-    "Add the next message of the same role; the smaller weight holds for both."
-    weight = min(message.pop("weight", 1), more.pop("weight", 1))
-    message |= {field: value if field == "tool_calls" else "\n\n".join(filter(None, (message.get(field), value)))
-                for field, value in more.items() if field != "role"}
-    if weight != 1: message["weight"] = weight
-
 def _follow(before: dict, message: dict, record: dict) -> None:
     "Raise unless the result of a call follows it, and nothing else, or where a text is beside turns."
     result = message["role"] == "tool"
@@ -98,7 +92,7 @@ def _joined(turns: list[tuple], record: dict) -> list[dict]:
         said = message["content"] or "tool_calls" in message or message["role"] == "tool"
         if not said or (message["role"] == "assistant" and not asked): continue
         _follow(messages[-1] if messages else {}, message, record)
-        if messages and messages[-1]["role"] == message["role"] != "tool": _join(messages[-1], message)
+        if messages and messages[-1]["role"] == message["role"] != "tool": join(messages[-1], message)
         else: messages.append(message)
     while messages and messages[-1]["role"] not in ("assistant", "text"): messages.pop()
     return messages
@@ -109,6 +103,7 @@ def _tools(fields: dict, turns: list[tuple], record: dict) -> list[dict]:
     try: return [tool for holder in holders for tool in read_tools(holder, "tools")]
     except TypeError as e: raise ValueError(f"record {excerpt(record)} has {e}: mend or remove them") from None
 
+# %% ../nbs/api/00_records.ipynb #00-records-13e
 def _unread(fields: _Fields, turns: list[tuple]) -> list[str]:
     "The fields of a record and of its turns that hold something and are not read."
     own = [field for field, value in fields.items() if field not in fields.read and not nothing(value)]
@@ -117,7 +112,7 @@ def _unread(fields: _Fields, turns: list[tuple]) -> list[str]:
         parts = turn["content"] if isinstance(turn.get("content"), list) else []
         named = [*turn.items(), *((f"content.{name}", part[name]) for part in parts for name in part)]
         return {f"turn.{field}" for field, value in named
-                if field not in (*read, "content.type", "content.text") and not nothing(value)}
+                if field not in (*read, "content.type", "content.text", "content.weight") and not nothing(value)}
     return own + sorted({name for n, (_, _, *more) in enumerate(turns) for turn in more for name in of(turn, not n)})
 
 def _group(record: dict) -> int | None:
@@ -125,6 +120,7 @@ def _group(record: dict) -> int | None:
     number = as_number(record.get("cluster"))
     return number if type(number) is int else None
 
+# %% ../nbs/api/00_records.ipynb #00-records-13g
 def _conversation(record: dict) -> tuple[list[dict], list[str]]:
     "The messages of a record, as from `to_messages`, and its fields that were not read."
     fields = _Fields(record if isinstance(record, dict) else {})
@@ -141,7 +137,7 @@ def _conversation(record: dict) -> tuple[list[dict], list[str]]:
 
 def to_messages(
     record: dict,  # one record, in a format of `FORMATS`
-) -> list[dict]:  # `role`, `content`, perhaps reasoning, calls, tools and `weight`; an answer is last, or a text alone
+) -> list[dict]:  # `role`, `content`, perhaps reasoning, calls, tools and weights; an answer is last, or a text alone
     "The chat messages of a record; a `ValueError` names a record that has no response or no known format."
     return _conversation(record)[0]
 
