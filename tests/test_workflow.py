@@ -26,8 +26,9 @@ def stand_in(real: Path, files: list[str], path: Path) -> None:
 
 
 @pytest.fixture
-def nbs(tmp_path):
-    "Stand-ins for all notebooks."
+def nbs(tmp_path, monkeypatch):
+    "Stand-ins for all notebooks, without data of the user's own."
+    monkeypatch.delenv("UAT_REPRO_DATA_DIR", raising=False)
     for entry in EXPERIMENTS.values():
         files = [*(f"{table}.parquet" for table in entry.get("tables", ())), "result.json"]
         stand_in(ROOT / "nbs" / f"{entry['notebook']}.ipynb", files, tmp_path / "nbs" / f"{entry['notebook']}.ipynb")
