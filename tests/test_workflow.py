@@ -304,7 +304,7 @@ def test_smoke_profile_draws_everything(tmp_path):
     assert str(ROOT.parent) not in "".join(f.read_text() for f in work.rglob("result.json"))
     judged = json.loads((work / "claims.json").read_text())["claims"]
     assert {claim["id"] for claim in judged} >= {f"C{i}" for i in range(1, 9)}
-    p = subprocess.run([*command, "claims", str(work)], capture_output=True, text=True)
+    p = subprocess.run([*command, "claims", str(work)], env=environment, capture_output=True, text=True)
     assert p.returncode == 0 and "C8" in p.stdout
 
 
