@@ -42,7 +42,7 @@ OBJECTIVES = dict(
     mle_slow=Look("MLE, lower rate", "#a6a6a6", "h"), p10=Look("p^10", "#dfc27d", (4, 1, 0)),
     profit=Look("ProFit", "#80cdc1", (3, 1, 0)), iw_sft=Look("iw-SFT", "#01665e", (6, 1, 0)),
     psft=Look("PSFT", "#c51b7d", (8, 1, 0)), info_sft=Look("InfoSFT", "#4d9221", (5, 0, 0)),
-    talr=Look("TALR", "#2166ac", (4, 2, 0)), pear=Look("PEAR", "#7570b3", (6, 2, 0)))
+    talr=Look("TALR", "#2166ac", (4, 1, 45)), pear=Look("PEAR", "#7570b3", (7, 1, 0)))
 
 # %% ../nbs/api/16_plots.ipynb #16-plots-09
 LABELS = {name: how.label for name, how in OBJECTIVES.items()} | {
