@@ -173,6 +173,7 @@ def asked_objective(asked) -> Objective:
                          "leave it out, or take another objective, such as rho1")
     return chosen
 
+# %% ../nbs/api/18b_tasks.ipynb #18b-tasks-14b
 def train_model(model, tokenizer, rows, held_out, chosen, lora=False, reference=None, resume=False, **args):
     "The Trainer after training, and the loss (nats per token) before and after on each of the held-out rows: id, ood."
     if chosen.needs_reference and reference is None:

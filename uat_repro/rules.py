@@ -161,6 +161,9 @@ def top_entropy(
     log_p = logits.topk(k).values.log_softmax(-1)  # (..., k)
     return -(log_p.exp() * log_p).sum(-1) / math.log(k)
 
+def _top_entropy(scored: Scored) -> Tensor: return scored.over_logits(top_entropy)
+
+# %% ../nbs/api/07a_rules.ipynb #07a-rules-19b
 def _log_ratio(scored: Scored) -> Tensor: return scored.teacher.loss - scored.scores.loss  # (N,) ln r
 
 def _clipped_ratio(scored: Scored) -> Tensor:
@@ -178,8 +181,6 @@ def _suffix_ratio(scored: Scored) -> Tensor:
     _, length = scored.layout.documents.unique_consecutive(return_counts=True)
     last = (length.cumsum(0) - 1).repeat_interleave(length)  # (N,) place of the last token of each one's document
     return (total[last] - total).clamp(-10, 5).exp()
-
-def _top_entropy(scored: Scored) -> Tensor: return scored.over_logits(top_entropy)
 
 WEIGHTS = {
     "probability": Weight(partial(_power, k=1)),
