@@ -236,7 +236,9 @@ def test_the_loss_on_data_of_another_kind_is_measured_before_and_after(tmp_path,
     batch = Collator(tokenizer)([*encode_all([dict(text=f"Page {i}.") for i in range(5)], tokenizer)])
     with torch.no_grad(): loss = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.item()
     assert made["ood_before"] == pytest.approx(loss, abs=1e-4)
-    assert cli.main([*asked, f"{tmp_path}/sums.jsonl", "--resume"]) == 1 and "other values of data" in capsys.readouterr().err
+    (tmp_path / "one.jsonl").write_text(json.dumps(dict(text="Another page.")))
+    assert cli.main([*asked, f"{tmp_path}/one.jsonl", "--resume"]) == 1 and "other values of data" in capsys.readouterr().err
+    assert cli.main([*asked, f"{tmp_path}/sums.jsonl"]) == 1 and "which is trained on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["score", "cache", "train"])

@@ -281,6 +281,7 @@ def trainer_arguments(asked) -> dict:
 def run_training(asked) -> None:
     "Load, read, train and keep, as the arguments of `train` say."
     chosen = asked_objective(asked)  # a misspelt name is told before anything is loaded
+    if asked.ood == asked.dataset: raise ValueError(f"--ood is {asked.ood}, which is trained on: give other data")
     if asked.push_to_hub: hub.whoami()  # and so is a missing login
     began, (network, tokenizer) = time.time(), load(asked.model, asked.chat_template)
     rows, held_out = sides(lambda part, limit: read_rows(asked, part, limit, tokenizer), asked.documents)
