@@ -187,7 +187,7 @@ def main() -> int:
         library = {page: pool.submit(run, page) for page in notebooks() if page.parts[0] in now}
     for page in notebooks(): stage(page, library[page].result() if page in library else executed(page, results))
     if (ROOT / "reference").exists(): shutil.copytree(ROOT / "reference", STAGE / "measured")
-    shutil.copy(ROOT / "tools/site.css", STAGE)
+    for file in ("tools/site.css", "nbs/colab.svg"): shutil.copy(ROOT / file, STAGE)
     (STAGE / "_quarto.yml").write_text(site_configuration(), encoding="utf-8")
     smalldocs = str(Path(sys.executable).with_name("smalldocs"))
     steps = dict(smalldocs=[[smalldocs, *step] for step in (["api", "build", "--dir", STAGE], ["render", STAGE, "--strict"], ["check", STAGE])],
