@@ -22,7 +22,7 @@ _all_ = ["dot", "full_precision"]
 
 # %% ../nbs/api/03_head.ipynb #03-head-13
 CHUNK_LOGITS: int = 2**23  # logits alive at any time: 32 MB in float32
-GPU_LOGITS: int = 2**26  # the same on a GPU: 256 MB
+GPU_LOGITS: int = 2**27  # the same on a GPU: 512 MB
 
 def chunk_size(
     vocab: int,  # size V of the vocabulary
@@ -107,9 +107,10 @@ def vocabulary_slices(
     head,  # with `weight` (V, H)
     tokens: int,  # hidden states at once
 ) -> Iterator[tuple[int, int]]:  # of each slice: first token id, and the first of the next
-    "The slices of a vocabulary; none is thinner than 256."
-    logits, vocab = SLICE_LOGITS if head.weight.device.type == "cpu" else GPU_LOGITS, len(head.weight)
-    width = max(256, logits // max(1, tokens))
+    "The slices of a vocabulary; none but the last is thinner than 256."
+    on_cpu, vocab = head.weight.device.type == "cpu", len(head.weight)
+    width = max(256, (SLICE_LOGITS if on_cpu else GPU_LOGITS) // max(1, tokens))
+    if not on_cpu: width -= width % 256  # for odd widths cuBLAS takes kernels of old GPUs, an eighth as fast
     return ((i, min(i + width, vocab)) for i in range(0, vocab, width))
 
 def slice_head(
@@ -187,6 +188,7 @@ def token_scores(
         own = torch.where(inside, z.gather(1, at)[:, 0], own)
         for rows, row in zip((log_z, mean, top, best), summarise(z)): rows[k] = row
         best[k] += i
+        del z  # before the next slice is made
     whole = log_z.logsumexp(0)
     entropy = ((log_z - whole).exp() * (whole - mean)).sum(0).clamp_(min=0)
     return TokenScores(whole - own, entropy, best.gather(0, top.argmax(0, keepdim=True))[0] == targets, whole)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._products import dot, full_precision, fused
+from ._products import add_product, dot, full_precision, fused, operands, product
 from .head import TokenScores, check_targets, chunk_size, log_normaliser, place_of, slice_head, summarise
 from .head import token_scores, vocabulary_slices
 
@@ -28,18 +28,19 @@ def loss_slope(
     targets: Tensor,  # (n,) token ids
     weight: Tensor,  # (n,) w
     log_z: Tensor,  # (n,) log Z
+    dtype: torch.dtype = torch.float32,  # of the gradient
 ) -> tuple[Tensor, Tensor]:  # gradient (n, v); the slice's part (n,) of -z_y
     "Slope of the weighted predictive loss, w (log Z - z_y)."
     inside, at = place_of(z, start, targets)
     p, w = (z - log_z[:, None]).exp_(), weight[:, None]
     # d/dz_v  w (log Z - z_y)  =  w (p_v - [v = y])
     at_target = w * (p.gather(1, at) - inside[:, None].float())
-    return p.mul_(w).scatter_(1, at, at_target), -z.gather(1, at)[:, 0].where(inside, 0)
+    return p.mul_(w).to(dtype).scatter_(1, at, at_target.to(dtype)), -z.gather(1, at)[:, 0].where(inside, 0)
 
 # %% ../nbs/api/03a_loss.ipynb #03a-loss-46
 @fused
 def _divergence_of(z: Tensor, teacher_z: Tensor, weight: Tensor, log_z: Tensor, teacher_log_z: Tensor,
-                   temperature: float) -> tuple[Tensor, Tensor]:
+                   temperature: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     "`divergence_slope` from the logits (n, v) of both."
     log_q = (teacher_z / temperature).sub_(teacher_log_z[:, None])
     log_p = (z / temperature).sub_(log_z[:, None])
@@ -47,7 +48,7 @@ def _divergence_of(z: Tensor, teacher_z: Tensor, weight: Tensor, log_z: Tensor, 
     # sum of q (log q - log p); p and q sum to 1, so adding p - q takes away rounding only
     kl = dot(q, log_q.sub_(log_p)) + p.sum(-1) - q.sum(-1)
     # d/dz_v  v tau^2 KL(q, p)  =  v tau (p_v - q_v)
-    return p.sub_(q).mul_(temperature * weight[:, None]), kl
+    return p.sub_(q).mul_(temperature * weight[:, None]).to(dtype), kl
 
 def divergence_slope(
     z: Tensor,  # (n, v) logits of a slice
@@ -58,10 +59,11 @@ def divergence_slope(
     teacher_head,  # output layer of the teacher
     teacher_log_z: Tensor,  # (n,) log Z of the teacher at this temperature
     temperature: float = 1.0,  # tau
+    dtype: torch.dtype = torch.float32,  # of the gradient
 ) -> tuple[Tensor, Tensor]:  # gradient (n, v); the slice's part (n,) of KL, nats
     "Slope of the weighted divergence, v tau^2 KL(teacher, student)."
     teacher_z = slice_head(teacher_head, start, start + z.shape[1]).logits(teacher_hidden)  # (n, v)
-    return _divergence_of(z, teacher_z, weight, log_z, teacher_log_z, temperature)
+    return _divergence_of(z, teacher_z, weight, log_z, teacher_log_z, temperature, dtype)
 
 # %% ../nbs/api/03a_loss.ipynb #03a-loss-49
 class Term(NamedTuple):
@@ -71,14 +73,17 @@ class Term(NamedTuple):
 
 def _slope(z: Tensor, start: int, terms: Sequence[Term]) -> tuple[Tensor, list[Tensor]]:
     "Gradient (N, v) of the sum of all terms with respect to a slice, and the partial (n,) of each term."
-    dz, partials = None, []
+    dz, done, partials = None, 0, []  # the first `done` tokens have a gradient
     for tokens, slope in terms:
         gradient, part = slope(z[tokens], start)
         partials.append(part)
+        first, end, _ = tokens.indices(len(z))
         if dz is None and len(gradient) == len(z): dz = gradient
         else:
-            if dz is None: dz = torch.zeros_like(z)
-            dz[tokens] += gradient
+            if dz is None: dz = gradient.new_empty(z.shape)
+            dz[first:min(done, end)] += gradient[:max(0, done - first)]
+            dz[done:end] = gradient[done - first:]
+        done = max(done, end)
     return dz, partials
 
 # %% ../nbs/api/03a_loss.ipynb #03a-loss-50
@@ -86,25 +91,28 @@ def _slope(z: Tensor, start: int, terms: Sequence[Term]) -> tuple[Tensor, list[T
 def sum_slices(
     hidden: Tensor,  # (N, H)
     head,  # with `weight` (V, H), `bias` and `logits(hidden)`
-    terms: Sequence[Term],  # at least one
+    terms: Sequence[Term],  # by their first token; every token has one
 ) -> tuple[list[Tensor], list[Tensor | None]]:  # sums (n,) of each term; gradients of hidden, weight, bias or None
     "Sum the partials and the gradients of all terms over all slices of the vocabulary."
-    inputs = hidden, head.weight, head.bias
-    wanted = [k for k, x in enumerate(inputs) if torch.is_grad_enabled() and x is not None and x.requires_grad]
-    gradients = [None if k not in wanted else torch.empty_like(x) if k else torch.zeros_like(x, dtype=torch.float32)
-                 for k, x in enumerate(inputs)]
+    if torch.is_grad_enabled(): wanted = [x is not None and x.requires_grad for x in (hidden, head.weight, head.bias)]
+    else: wanted = [False] * 3
+    of_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wanted[0] else None
+    of_weight, of_bias = (torch.empty_like(x) if w else None for x, w in zip((head.weight, head.bias), wanted[1:]))
     sums = [torch.zeros(len(hidden[tokens]), device=hidden.device) for tokens, _ in terms]
-    for i, j in vocabulary_slices(head, len(hidden)):
-        part = slice_head(head, i, j)
-        leaves = [x if x is None else x.detach().requires_grad_(k in wanted)
-                  for k, x in enumerate((hidden, part.weight, part.bias))]
-        with torch.enable_grad(): z = head._replace(weight=leaves[1], bias=leaves[2]).logits(leaves[0])  # (N, j - i)
-        with torch.no_grad(): dz, partials = _slope(z.detach(), i, terms)
-        for whole, partial_sum in zip(sums, partials): whole += partial_sum
-        for k, g in zip(wanted, torch.autograd.grad(z, [leaves[k] for k in wanted], dz) if wanted else ()):
-            if k: gradients[k][i:j] = g
-            else: gradients[k] += g
-    return sums, gradients
+    made_from = operands(head.weight)
+    with torch.no_grad():
+        for i, j in vocabulary_slices(head, len(hidden)):
+            part = slice_head(head, i, j)
+            z = part.logits(hidden)  # (N, j - i)
+            dz, partials = _slope(z, i, terms)
+            for whole, partial_sum in zip(sums, partials): whole += partial_sum
+            dz = part.before(z, dz)
+            del z  # before the products
+            if wanted[0]: add_product(of_hidden, dz, part.weight, made_from)
+            if wanted[1]: of_weight[i:j] = product(dz.T, hidden, made_from, of_weight.dtype)
+            if wanted[2]: of_bias[i:j] = dz.sum(0, dtype=torch.float32)
+            del dz
+    return sums, [of_hidden, of_weight, of_bias]
 
 # %% ../nbs/api/03a_loss.ipynb #03a-loss-53
 class _WithGradients(torch.autograd.Function):
@@ -154,7 +162,7 @@ def _divergence_term(
     log_z = log_z if temperature == 1 else log_normaliser(hidden, head, temperature)
     return Term(slice(len(hidden)), partial(
         divergence_slope, weight=weight, log_z=log_z, teacher_hidden=teacher_hidden, teacher_head=teacher_head,
-        teacher_log_z=teacher_log_z, temperature=temperature))
+        teacher_log_z=teacher_log_z, temperature=temperature, dtype=operands(head.weight)))
 
 # %% ../nbs/api/03a_loss.ipynb #03a-loss-62b
 LEAST = 64  # tokens of a chunk
@@ -167,12 +175,12 @@ def _chunk_slope(z: Tensor, targets: Tensor, weight: Tensor, kl_weight: Tensor, 
                  temperature: float) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
     "Gradient (n, V) of the logits of a chunk; loss, entropy, correct and log Z (n,); divergence (k,) of the first k."
     log_z, mean, _, best = summarise(z)
-    dz, own = loss_slope(z, 0, targets, weight, log_z)
+    dz, own = loss_slope(z, 0, targets, weight, log_z)  # in float32, as a second gradient may be added
     scores, k, kl = (log_z + own, (log_z - mean).clamp_(min=0), best == targets, log_z), len(kl_weight), kl_weight
     if k:
         teacher_z = teacher_head.logits(taught)  # (k, V)
         pair = z[:k], teacher_z, kl_weight, *((x / temperature).logsumexp(-1) for x in (z[:k], teacher_z))
-        gradient, kl = _divergence_of(*pair, temperature)
+        gradient, kl = _divergence_of(*pair, temperature, torch.float32)
         dz[:k] += gradient
     return dz, scores, kl
 
@@ -193,17 +201,18 @@ def sum_chunks(
     n, size = len(hidden), max(LEAST, chunk_size(len(head.weight), device=hidden.device.type))
     numbers, kl = torch.zeros(3, n, device=hidden.device), torch.zeros(len(kl_weight), device=hidden.device)
     correct = torch.zeros(n, dtype=torch.bool, device=hidden.device)
-    gradient = torch.zeros_like(hidden, dtype=torch.float32)
+    gradient, wanted = torch.zeros_like(hidden, dtype=torch.float32), hidden.requires_grad and torch.is_grad_enabled()
+    made_from = operands(head.weight)
     for i in range(0, n, size):
-        rows, wanted = slice(i, i + size), hidden.requires_grad and torch.is_grad_enabled()
-        leaf = hidden[rows].detach().requires_grad_(wanted)
-        with torch.enable_grad(): z = head.logits(leaf)  # (n, V)
+        rows = slice(i, i + size)
         with torch.no_grad():
+            z = head.logits(hidden[rows])  # (n, V)
             dz, (*some, correct[rows], log_z), kl[rows] = _chunk_slope(
-                z.detach(), targets[rows], weight[rows], kl_weight[rows], None if taught is None else taught[rows],
+                z, targets[rows], weight[rows], kl_weight[rows], None if taught is None else taught[rows],
                 teacher_head, temperature)
             numbers[:, rows] = torch.stack([*some, log_z])
-        if wanted: gradient[rows] = torch.autograd.grad(z, leaf, dz)[0]
+            if wanted: gradient[rows] = product(head.before(z, dz), head.weight, made_from)
+            del z, dz  # before the next chunk is made
     loss, entropy, log_z = numbers
     total = (weight * loss).sum() + temperature**2 * (kl_weight * kl).sum()
     return with_gradients(total, [gradient, None, None], hidden, head), TokenScores(loss, entropy, correct, log_z), kl
@@ -237,11 +246,12 @@ def token_loss(
         return total, zero.index_copy(0, rows[first:], scores.loss[first:]), divergence
     y, w = targets[rows][first:], weight[rows][first:]
     log_z = log_normaliser(h.detach(), head) if log_z is None else log_z[rows]
-    terms = [Term(slice(first, None), partial(loss_slope, targets=y, weight=w, log_z=log_z[first:]))]
+    terms = [Term(slice(first, None), partial(loss_slope, targets=y, weight=w, log_z=log_z[first:],
+                                              dtype=operands(head.weight)))]
     if end:
         v, taught = kl_weight[rows][:end], teacher_hidden[rows[:end]]
-        terms.append(_divergence_term(h[:end].detach(), head, v, log_z[:end], taught, teacher_head, temperature))
-    (own, *kl), gradients = sum_slices(h, head, terms)
+        terms.insert(0, _divergence_term(h[:end].detach(), head, v, log_z[:end], taught, teacher_head, temperature))
+    (*kl, own), gradients = sum_slices(h, head, terms)
     loss = log_z[first:] + own
     total = (w * loss).sum() + (temperature**2 * (v * kl[0]).sum() if end else 0)
     divergence = zero.index_copy(0, rows[:end], temperature**2 * kl[0]) if end else zero

@@ -44,6 +44,12 @@ class Head(NamedTuple):
         z = z if self.scale == 1 else z * self.scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
+    def before(self, z: Tensor, dz: Tensor) -> Tensor:  # (..., V), as dz
+        "The gradient of `hidden @ weight.T + bias` from that of the logits: what `logits` does after it, backwards."
+        # d/dx  c tanh(x / c)  =  1 - tanh(x / c)^2
+        dz = dz if self.softcap is None else (dz * (1 - (z / self.softcap)**2)).to(dz.dtype)
+        return dz if self.scale == 1 else dz * self.scale
+
 # %% ../nbs/api/02_models.ipynb #02-models-11
 def has_dropout(model: nn.Module) -> bool:  # whether a forward in training mode is random
     "Whether `model` would drop anything in training mode."
