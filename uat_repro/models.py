@@ -94,11 +94,24 @@ def _once(trial: Callable, model: nn.Module) -> bool:
     return _FOUND[key]
 
 # %% ../nbs/api/02_models.ipynb #02-models-18
+def _computed_again(decoder: nn.Module) -> bool:
+    "Whether a backward runs the layers once more."
+    return decoder.training and any(getattr(m, "gradient_checkpointing", False) for m in decoder.modules())
+
+@contextmanager
+def _without_cudnn(decoder: nn.Module) -> Iterator[None]:
+    "Attention by other kernels than cuDNN's while the block runs, and in its backward."
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try: yield
+    finally: torch.backends.cuda.enable_cudnn_sdp(before and not _computed_again(decoder))
+
 def _run(decoder: nn.Module, call: Callable, **inputs) -> tuple[Tensor, Any]:  # (B, T, H), and what `call` returned
     "The last hidden states that a decoder computes while `call` is called."
     kept = []
     hook = decoder.register_forward_hook(lambda module, args, out: kept.append(out.last_hidden_state))
-    try: out = call(**inputs, use_cache=False)
+    try:
+        with _without_cudnn(decoder): out = call(**inputs, use_cache=False)
     except IndexError as e:
         raise ValueError("the batch has token ids that the model does not know: take the tokenizer that belongs to it, "
                          "or resize its embeddings before a teacher or a cache is made of it") from e
@@ -217,8 +230,7 @@ def _by_document(decoder: nn.Module, positions: Tensor | None) -> Iterator[dict]
     config._attn_implementation = before.removesuffix("_by_document") + "_by_document"
     try: yield dict(document_lengths=lengths, attention_mask=positions.new_ones(1, 1, 1, 1))  # so none is made
     finally:
-        again = decoder.training and any(getattr(m, "gradient_checkpointing", False) for m in decoder.modules())
-        if not again: config._attn_implementation = before
+        if not _computed_again(decoder): config._attn_implementation = before
 
 def _apart(decoder: nn.Module, ids: Tensor) -> bool:
     "Whether two documents in one row have the states that they have alone."

@@ -95,7 +95,12 @@ class _Logging:
         self._seen = sums if self._seen is None else self._seen + sums
 
     def log(self, logs: dict, *args, **kwargs) -> None:
-        "Add the means since the last line of the training log."
+        "Add the means since the last line of the training log. Raises where the gradient is no number."
+        norm = float(logs.get("grad_norm", 0))
+        if not math.isfinite(norm) and getattr(self.accelerator, "scaler", None) is None:  # which leaves such steps out
+            raise FloatingPointError(
+                f"the norm of the gradient is {norm} at step {self.state.global_step}, and so the weights are lost: go on "
+                "from a checkpoint before it, with a lower learning rate, more warm-up, or in float32")
         if "loss" in logs and self._seen is not None:
             sums = self.accelerator.reduce(self._seen, "sum")
             logs |= _means(sums, self._busy) | _means_by_source(self.sources, sums[len(_SUMS):].view(-1, 3))
