@@ -20,7 +20,9 @@ def keep(results: Path, reference: Path) -> None:
         shutil.copy(file, reference)
     write_claims(judge_folder(results), reference, label)
     for name, table in gather(results).items():  # of all runs, one below the other
-        table.to_parquet(reference / f"{name}.parquet", index=False, compression="zstd")
+        numbers = [column for column in table if table[column].dtype.kind == "f"]
+        table.to_parquet(reference / f"{name}.parquet", index=False, compression="zstd", use_byte_stream_split=numbers,
+                         use_dictionary=[column for column in table if column not in numbers])
     for file in (results / f for f in result_files(read_json(results / "profile.json"))):
         if not file.exists(): continue
         folder = file.parent
