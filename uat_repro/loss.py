@@ -73,33 +73,35 @@ class Term(NamedTuple):
 
 def _slope(z: Tensor, start: int, terms: Sequence[Term]) -> tuple[Tensor, list[Tensor]]:
     "Gradient (N, v) of the sum of all terms with respect to a slice, and the partial (n,) of each term."
-    dz, done, partials = None, 0, []  # the first `done` tokens have a gradient
+    dz, done, partials = None, 0, []  # none but the first `done` tokens have a gradient yet
     for tokens, slope in terms:
         gradient, part = slope(z[tokens], start)
         partials.append(part)
         first, end, _ = tokens.indices(len(z))
         if dz is None and len(gradient) == len(z): dz = gradient
         else:
-            if dz is None: dz = gradient.new_empty(z.shape)
-            dz[first:min(done, end)] += gradient[:max(0, done - first)]
-            dz[done:end] = gradient[done - first:]
+            if dz is None: dz = gradient.new_zeros(z.shape)
+            known = max(first, min(done, end))
+            dz[first:known] += gradient[:known - first]
+            dz[known:end] = gradient[known - first:]
         done = max(done, end)
     return dz, partials
 
 # %% ../nbs/api/03a_loss.ipynb #03a-loss-50
+def _wants(x: Tensor | None) -> bool:
+    "Whether a tensor gets a gradient."
+    return x is not None and x.requires_grad and torch.is_grad_enabled()
+
 @full_precision()
 def sum_slices(
     hidden: Tensor,  # (N, H)
     head,  # with `weight` (V, H), `bias` and `logits(hidden)`
-    terms: Sequence[Term],  # by their first token; every token has one
+    terms: Sequence[Term],  # at least one
 ) -> tuple[list[Tensor], list[Tensor | None]]:  # sums (n,) of each term; gradients of hidden, weight, bias or None
     "Sum the partials and the gradients of all terms over all slices of the vocabulary."
-    if torch.is_grad_enabled(): wanted = [x is not None and x.requires_grad for x in (hidden, head.weight, head.bias)]
-    else: wanted = [False] * 3
-    of_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wanted[0] else None
-    of_weight, of_bias = (torch.empty_like(x) if w else None for x, w in zip((head.weight, head.bias), wanted[1:]))
-    sums = [torch.zeros(len(hidden[tokens]), device=hidden.device) for tokens, _ in terms]
-    made_from = operands(head.weight)
+    of_hidden = torch.zeros_like(hidden, dtype=torch.float32) if _wants(hidden) else None
+    of_weight, of_bias = (torch.empty_like(x) if _wants(x) else None for x in (head.weight, head.bias))
+    sums, made_from = [hidden.new_zeros(len(hidden[t]), dtype=torch.float32) for t, _ in terms], operands(head.weight)
     with torch.no_grad():
         for i, j in vocabulary_slices(head, len(hidden)):
             part = slice_head(head, i, j)
@@ -108,9 +110,9 @@ def sum_slices(
             for whole, partial_sum in zip(sums, partials): whole += partial_sum
             dz = part.before(z, dz)
             del z  # before the products
-            if wanted[0]: add_product(of_hidden, dz, part.weight, made_from)
-            if wanted[1]: of_weight[i:j] = product(dz.T, hidden, made_from, of_weight.dtype)
-            if wanted[2]: of_bias[i:j] = dz.sum(0, dtype=torch.float32)
+            if of_hidden is not None: add_product(of_hidden, dz, part.weight, made_from)
+            if of_weight is not None: of_weight[i:j] = product(dz.T, hidden, made_from, of_weight.dtype)
+            if of_bias is not None: of_bias[i:j] = dz.sum(0, dtype=torch.float32)
             del dz
     return sums, [of_hidden, of_weight, of_bias]
 
@@ -169,7 +171,7 @@ LEAST = 64  # tokens of a chunk
 
 def _trains(head) -> bool:
     "Whether the head gets a gradient."
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (head.weight, head.bias))
+    return _wants(head.weight) or _wants(head.bias)
 
 def _chunk_slope(z: Tensor, targets: Tensor, weight: Tensor, kl_weight: Tensor, taught: Tensor, teacher_head,
                  temperature: float) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
@@ -201,8 +203,8 @@ def sum_chunks(
     n, size = len(hidden), max(LEAST, chunk_size(len(head.weight), device=hidden.device.type))
     numbers, kl = torch.zeros(3, n, device=hidden.device), torch.zeros(len(kl_weight), device=hidden.device)
     correct = torch.zeros(n, dtype=torch.bool, device=hidden.device)
-    gradient, wanted = torch.zeros_like(hidden, dtype=torch.float32), hidden.requires_grad and torch.is_grad_enabled()
-    made_from = operands(head.weight)
+    gradient, made_from = torch.zeros_like(hidden, dtype=torch.float32), operands(head.weight)
+    wanted = _wants(hidden)
     for i in range(0, n, size):
         rows = slice(i, i + size)
         with torch.no_grad():
