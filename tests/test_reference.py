@@ -41,7 +41,7 @@ def test_readme_quotes_what_the_tables_say():
     for run in (ROOT / "reference").glob("*/runs/why_*.json"):
         effects = json.loads(run.read_text(encoding="utf-8"))["effects"]
         told += "".join(f"{Effect(**{f.name: e[f.name] for f in fields(Effect)})}\n" for e in effects)
-    for path in (p for folder in REFERENCES for name in ("fig5", "e12*", "e13_matched") for p in folder.glob(f"figures/{name}.csv")):
+    for path in (p for folder in REFERENCES for name in ("fig5", "e8", "e12*", "e13_matched") for p in folder.glob(f"figures/{name}.csv")):
         told += "".join(f"{Effect(*row)}\n" for row in pd.read_csv(path)[["estimate", "low", "high"]].to_numpy())
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("## What came out")[1].split("\n## ")[0]
     quoted = re.findall(r"-?\d+\.\d+ \[-?[\d.]+, -?[\d.]+\]", section)
