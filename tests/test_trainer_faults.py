@@ -231,9 +231,12 @@ def test_sharded_models_have_the_gradients_of_whole_ones(tmp_path):
             for k, p in model.named_parameters(): torch.testing.assert_close(found[k], p.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_a_gradient_that_is_no_number_ends_the_training(tmp_path):
-    "It leaves no trace in the loss of its step, and NaN weights in all that follow."
-    model = tiny_model()
+@pytest.mark.parametrize("changes", [dict(logging_steps=1), dict(save_strategy="steps", save_steps=1), {}], ids=str)
+@pytest.mark.parametrize("clip", [0, 1.0])
+def test_a_gradient_that_is_no_number_ends_the_training(tmp_path, changes, clip):
+    "It leaves no trace in the loss of its step, and NaN weights in all that follow; no checkpoint has them."
+    model, step = tiny_model(), 1 if changes else 3
     model.get_decoder().layers[0].mlp.up_proj.weight.register_hook(lambda g: g * float("nan"))
-    with pytest.raises(FloatingPointError, match="the norm of the gradient is nan at step 1, .* from a checkpoint before"):
-        trainer(tmp_path, model=model, max_steps=3, max_grad_norm=1.0, logging_steps=1).train()
+    with pytest.raises(FloatingPointError, match=f"the gradient is NaN at step {step} or before, .* an earlier checkpoint"):
+        trainer(tmp_path, "mle", model=model, max_steps=3, max_grad_norm=clip, **changes).train()
+    assert not [*tmp_path.glob("checkpoint-*/*.safetensors")]

@@ -68,7 +68,7 @@ def divergence_slope(
 # %% ../nbs/api/03a_loss.ipynb #03a-loss-49
 class Term(NamedTuple):
     "A loss that some of the tokens have."
-    tokens: slice  # these of the N tokens
+    tokens: slice  # these of the N tokens, in steps of 1
     slope: Callable[[Tensor, int], tuple[Tensor, Tensor]]  # (logits (n, v), first id) -> gradient (n, v), partial (n,)
 
 def _slope(z: Tensor, start: int, terms: Sequence[Term]) -> tuple[Tensor, list[Tensor]]:
@@ -77,7 +77,8 @@ def _slope(z: Tensor, start: int, terms: Sequence[Term]) -> tuple[Tensor, list[T
     for tokens, slope in terms:
         gradient, part = slope(z[tokens], start)
         partials.append(part)
-        first, end, _ = tokens.indices(len(z))
+        first, end, step = tokens.indices(len(z))
+        if step != 1: raise ValueError(f"the tokens of a term are {tokens}: pass a slice in steps of 1")
         if dz is None and len(gradient) == len(z): dz = gradient
         else:
             if dz is None: dz = gradient.new_zeros(z.shape)

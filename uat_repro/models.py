@@ -96,7 +96,8 @@ def _once(trial: Callable, model: nn.Module) -> bool:
 # %% ../nbs/api/02_models.ipynb #02-models-18
 def _computed_again(decoder: nn.Module) -> bool:
     "Whether a backward runs the layers once more."
-    return decoder.training and any(getattr(m, "gradient_checkpointing", False) for m in decoder.modules())
+    wraps = lambda m: getattr(m, "gradient_checkpointing", False) or "_checkpoint_wrapped_module" in m._modules
+    return decoder.training and any(map(wraps, decoder.modules()))
 
 @contextmanager
 def _without_cudnn(decoder: nn.Module) -> Iterator[None]:

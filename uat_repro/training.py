@@ -81,7 +81,22 @@ def _means_by_source(sources: list[str], sums: Tensor) -> dict[str, float]:
 # %% ../nbs/api/09_training.ipynb #09-training-11
 class _Logging:
     "For a Trainer: the parts of the objective in its log."
-    _seen, _busy, sources = None, 0.0, []
+    _seen, _busy, _norm, sources = None, 0.0, 0.0, []
+
+    def _get_grad_norm(self, *args, **kwargs):
+        self._norm = super()._get_grad_norm(*args, **kwargs)  # NaN from the first step that loses the weights
+        return self._norm
+
+    def _check_gradient(self) -> None:
+        "Raise a `FloatingPointError` where the last gradient is NaN."
+        if math.isnan(self._norm) and getattr(self.accelerator, "scaler", None) is None:  # which leaves such steps out
+            raise FloatingPointError(
+                f"the gradient is NaN at step {self.state.global_step} or before, and so the weights are lost: go on from "
+                "an earlier checkpoint, with a lower learning rate, more warm-up, or in float32")
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        self._check_gradient()
+        super()._save_checkpoint(*args, **kwargs)
 
     def training_step(self, *args, **kwargs):
         start = time.perf_counter()
@@ -95,12 +110,8 @@ class _Logging:
         self._seen = sums if self._seen is None else self._seen + sums
 
     def log(self, logs: dict, *args, **kwargs) -> None:
-        "Add the means since the last line of the training log. Raises where the gradient is no number."
-        norm = float(logs.get("grad_norm", 0))
-        if not math.isfinite(norm) and getattr(self.accelerator, "scaler", None) is None:  # which leaves such steps out
-            raise FloatingPointError(
-                f"the norm of the gradient is {norm} at step {self.state.global_step}, and so the weights are lost: go on "
-                "from a checkpoint before it, with a lower learning rate, more warm-up, or in float32")
+        "Add the means since the last line of the training log."
+        self._check_gradient()
         if "loss" in logs and self._seen is not None:
             sums = self.accelerator.reduce(self._seen, "sum")
             logs |= _means(sums, self._busy) | _means_by_source(self.sources, sums[len(_SUMS):].view(-1, 3))
