@@ -78,6 +78,7 @@ def add_product(
     if operands == torch.float32 or not a.is_cuda: total += product(a, b, operands)
     else: torch.addmm(total, a.to(operands), b.to(operands), out_dtype=torch.float32, out=total)
 
+# %% ../nbs/api/02b_products.ipynb #02b-products-14a
 class _FromBfloat16(torch.autograd.Function):
     "hidden (n, H) @ weight.T (H, V) in float32, forward and backward from bfloat16."
     @staticmethod

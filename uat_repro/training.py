@@ -78,13 +78,13 @@ def _means_by_source(sources: list[str], sums: Tensor) -> dict[str, float]:
         if tokens: means |= {f"loss/{name}": loss / tokens, f"accuracy/{name}": correct / tokens}
     return means
 
-# %% ../nbs/api/09_training.ipynb #09-training-11
-class _Logging:
-    "For a Trainer: the parts of the objective in its log."
-    _seen, _busy, _norm, sources = None, 0.0, 0.0, []
+# %% ../nbs/api/09_training.ipynb #09-training-10b
+class _Watching:
+    "For a Trainer: it ends where the gradient is NaN."
+    _norm = 0.0  # of the last gradient: NaN from the first step that loses the weights
 
     def _get_grad_norm(self, *args, **kwargs):
-        self._norm = super()._get_grad_norm(*args, **kwargs)  # NaN from the first step that loses the weights
+        self._norm = super()._get_grad_norm(*args, **kwargs)
         return self._norm
 
     def _check_gradient(self) -> None:
@@ -94,9 +94,18 @@ class _Logging:
                 f"the gradient is NaN at step {self.state.global_step} or before, and so the weights are lost: go on from "
                 "an earlier checkpoint, with a lower learning rate, more warm-up, or in float32")
 
+    def log(self, *args, **kwargs) -> None:
+        self._check_gradient()
+        super().log(*args, **kwargs)
+
     def _save_checkpoint(self, *args, **kwargs) -> None:
         self._check_gradient()
         super()._save_checkpoint(*args, **kwargs)
+
+# %% ../nbs/api/09_training.ipynb #09-training-11
+class _Logging(_Watching):
+    "For a Trainer: the parts of the objective in its log."
+    _seen, _busy, sources = None, 0.0, []
 
     def training_step(self, *args, **kwargs):
         start = time.perf_counter()
@@ -111,7 +120,6 @@ class _Logging:
 
     def log(self, logs: dict, *args, **kwargs) -> None:
         "Add the means since the last line of the training log."
-        self._check_gradient()
         if "loss" in logs and self._seen is not None:
             sums = self.accelerator.reduce(self._seen, "sum")
             logs |= _means(sums, self._busy) | _means_by_source(self.sources, sums[len(_SUMS):].view(-1, 3))
