@@ -35,7 +35,12 @@ def test_claims_of_the_reference_are_those_of_today(reference):
     assert [j.claim for j in read_judged(reference / "claims.json")] == list(read_claims())
 
 
-def test_readme_quotes_what_the_tables_say():
+def prose(notebook: str) -> str:
+    cells = json.loads((ROOT / "nbs" / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells)
+
+
+def test_pages_quote_what_the_tables_say():
     tables = [path for folder in REFERENCES for path in (*folder.glob("claims.md"), *folder.glob("figures/t1.md"))]
     told = "".join(path.read_text(encoding="utf-8") for path in tables)
     for run in (ROOT / "reference").glob("*/runs/why_*.json"):
@@ -43,10 +48,10 @@ def test_readme_quotes_what_the_tables_say():
         told += "".join(f"{Effect(**{f.name: e[f.name] for f in fields(Effect)})}\n" for e in effects)
     for path in (p for folder in REFERENCES for name in ("fig5", "e8", "e12*", "e13_matched") for p in folder.glob(f"figures/{name}.csv")):
         told += "".join(f"{Effect(*row)}\n" for row in pd.read_csv(path)[["estimate", "low", "high"]].to_numpy())
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## What came out")[1].split("\n## ")[0]
-    quoted = re.findall(r"-?\d+\.\d+ \[-?[\d.]+, -?[\d.]+\]", section)
-    assert len(quoted) > len(CLAIMS) and [q for q in quoted if q not in told] == []
-    for claim in CLAIMS: assert f"**{claim.id}, " in section
+    for text in (prose("index").split("## What came out")[1].split("\n## ")[0], prose("findings")):
+        quoted = re.findall(r"-?\d+\.\d+ \[-?[\d.]+, -?[\d.]+\]", text)
+        assert len(quoted) > len(CLAIMS) and [q for q in quoted if q not in told] == []
+        for claim in CLAIMS: assert f"**{claim.id}, " in text
 
 
 def test_experiments_that_look_for_a_reason_exist():
