@@ -7,6 +7,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from uat_repro import _weights, models
+from uat_repro._documents import by_document
 from uat_repro.models import FAMILIES, Family, head_of, hidden_states, tiny_model, tiny_tokenizer, unwrap
 
 SIZES = dict(vocab_size=120, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -169,4 +170,4 @@ def test_flash_attention_finds_documents_on_a_gpu(attention, monkeypatch):
     decoder = tiny_model().get_decoder()
     decoder.config._attn_implementation = attention
     assert models._takes_documents(decoder)
-    with models._by_document(decoder, torch.tensor([[0, 1, 0]])) as more: assert more == {}
+    with by_document(decoder, torch.tensor([[0, 1, 0]])) as more: assert more == {}

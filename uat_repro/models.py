@@ -10,7 +10,7 @@ __all__ = ['FAMILIES', 'SITES', 'PRECISIONS', 'Head', 'has_dropout', 'eval_mode'
            'TINY', 'cache_dir', 'convert_gguf', 'load_model', 'tiny_model', 'tiny_tokenizer', 'weights_hash']
 
 # %% ../nbs/api/02_models.ipynb #02-models-03
-import copy, sys
+import copy
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Callable, Iterator, Mapping, NamedTuple
@@ -18,11 +18,9 @@ from typing import Any, Callable, Iterator, Mapping, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ._documents import by_document, one_in_each_row, without_cudnn, without_padding
 from ._products import linear
 from ._weights import (PACKAGED_WEIGHTS, TINY, cache_dir, convert_gguf, load_model, tiny_model,
                                 tiny_tokenizer, weights_hash)
@@ -49,6 +47,12 @@ class Head(NamedTuple):
         # d/dx  c tanh(x / c)  =  1 - tanh(x / c)^2
         dz = dz if self.softcap is None else (dz * (1 - (z / self.softcap)**2)).to(dz.dtype)
         return dz if self.scale == 1 else dz * self.scale
+
+    @classmethod
+    def __init_subclass__(cls):
+        if "logits" in vars(cls) and "before" not in vars(cls):
+            raise TypeError(f"{cls.__name__} changes `logits` and not `before`, so its gradients would be wrong: define "
+                            "`before` too, or `before = Head.before` where the logits stay what they are")
 
 # %% ../nbs/api/02_models.ipynb #02-models-11
 def has_dropout(model: nn.Module) -> bool:  # whether a forward in training mode is random
@@ -94,25 +98,12 @@ def _once(trial: Callable, model: nn.Module) -> bool:
     return _FOUND[key]
 
 # %% ../nbs/api/02_models.ipynb #02-models-18
-def _computed_again(decoder: nn.Module) -> bool:
-    "Whether a backward runs the layers once more."
-    wraps = lambda m: getattr(m, "gradient_checkpointing", False) or "_checkpoint_wrapped_module" in m._modules
-    return decoder.training and any(map(wraps, decoder.modules()))
-
-@contextmanager
-def _without_cudnn(decoder: nn.Module) -> Iterator[None]:
-    "Attention by other kernels than cuDNN's while the block runs, and in its backward."
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try: yield
-    finally: torch.backends.cuda.enable_cudnn_sdp(before and not _computed_again(decoder))
-
 def _run(decoder: nn.Module, call: Callable, **inputs) -> tuple[Tensor, Any]:  # (B, T, H), and what `call` returned
     "The last hidden states that a decoder computes while `call` is called."
     kept = []
     hook = decoder.register_forward_hook(lambda module, args, out: kept.append(out.last_hidden_state))
     try:
-        with _without_cudnn(decoder): out = call(**inputs, use_cache=False)
+        with without_cudnn(decoder): out = call(**inputs, use_cache=False)
     except IndexError as e:
         raise ValueError("the batch has token ids that the model does not know: take the tokenizer that belongs to it, "
                          "or resize its embeddings before a teacher or a cache is made of it") from e
@@ -171,74 +162,13 @@ def head_of(model: nn.Module) -> Head:  # shares storage with the model
                          "the config field that scales or caps them in models.FAMILIES, or choose another family")
     return head
 
-# %% ../nbs/api/02_models.ipynb #02-models-23
-def _document_mask(query: Tensor, window: int) -> Tensor:
-    "The additive causal mask (1, 1, T, T) of one document, in which a token sees `window` tokens."
-    at = torch.arange(query.shape[2], device=query.device)
-    back = at[:, None] - at  # (T, T)
-    return query.new_zeros(1, 1, *back.shape).masked_fill((back < 0) | (back >= window), torch.finfo(query.dtype).min)
-
-def _attend_by_document(attend: Callable | None, module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
-                        attention_mask: Tensor | None, document_lengths: list[int] | None = None, **kwargs):
-    "Attention by `attend` (eager if None), inside each document of a row (1, heads, N, D) if lengths are given."
-    eager = attend is None
-    if eager: attend = sys.modules[type(module).__module__].eager_attention_forward
-    if document_lengths is None: return attend(module, query, key, value, attention_mask, **kwargs)
-    if "sliding_window" not in kwargs and getattr(getattr(module, "config", None), "sliding_window", None):
-        raise NotImplementedError(f"{type(module).__name__} keeps its window in the mask: pad its documents")
-    parts = []
-    for q, k, v in zip(*(x.split(document_lengths, 2) for x in (query, key, value))):
-        window = kwargs.get("sliding_window") or q.shape[2]
-        mask = _document_mask(q, window) if eager or q.shape[2] > window else None  # sdpa is causal without one
-        parts.append(attend(module, q, k, v, mask, **kwargs)[0])
-    return torch.cat(parts, 1), None
-
-for _name, _attend in dict(sdpa=ALL_ATTENTION_FUNCTIONS["sdpa"], eager=None).items():
-    ALL_ATTENTION_FUNCTIONS.register(f"{_name}_by_document", partial(_attend_by_document, _attend))
-    ALL_MASK_ATTENTION_FUNCTIONS.register(f"{_name}_by_document", ALL_MASK_ATTENTION_FUNCTIONS[_name])
-
-# %% ../nbs/api/02_models.ipynb #02-models-25
-def _without_padding(inputs: dict) -> tuple[dict, Tensor] | None:
-    "The same tokens as one row of documents, and the place of each in the batch; None where nothing is gained."
-    if ("attention_mask" in inputs) == ("position_ids" in inputs): return None
-    packed = inputs.get("position_ids")
-    mask = inputs["attention_mask"].bool() if packed is None else torch.ones_like(packed).bool()
-    positions = mask.cumsum(1) - 1 if packed is None else packed
-    if (mask.all() or not mask.any()) if packed is None else (packed[:, 0] != 0).any(): return None
-    row = {k: v[mask][None] for k, v in inputs.items() if k in ("input_ids", "inputs_embeds")}
-    return dict(row, position_ids=positions[mask][None]), mask.flatten().nonzero()[:, 0]
-
-# %% ../nbs/api/02_models.ipynb #02-models-26
-def _one_in_each_row(inputs: dict) -> tuple[dict, Tensor] | None:
-    "The documents of packed rows as padded rows, and the place of each token; None where no row is packed."
-    if "attention_mask" in inputs or "position_ids" not in inputs: return None
-    starts = (inputs["position_ids"].flatten() == 0).nonzero()[:, 0]
-    lengths = starts.diff(append=starts.new_tensor([inputs["position_ids"].numel()])).tolist()
-    if len(lengths) <= len(inputs["position_ids"]) or (inputs["position_ids"][:, 0] != 0).any(): return None
-    ones = torch.ones_like(inputs["position_ids"])
-    pieces = {k: v.flatten(0, 1).split(lengths) for k, v in dict(inputs, attention_mask=ones).items()}
-    row = {k: pad_sequence(v, batch_first=True) for k, v in pieces.items() if k != "position_ids"}
-    return row, torch.arange(sum(lengths), device=starts.device)
-
 # %% ../nbs/api/02_models.ipynb #02-models-28
-@contextmanager
-def _by_document(decoder: nn.Module, positions: Tensor | None) -> Iterator[dict]:
-    "Attention inside the documents of a row, if there is one, while the block runs; yields the arguments for it."
-    config, before = decoder.config, decoder.config._attn_implementation
-    if positions is None or "flash" in before: yield {}; return
-    starts = (positions[0] == 0).nonzero()[:, 0]
-    lengths = starts.diff(append=starts.new_tensor([positions.shape[1]])).tolist()
-    config._attn_implementation = before.removesuffix("_by_document") + "_by_document"
-    try: yield dict(document_lengths=lengths, attention_mask=positions.new_ones(1, 1, 1, 1))  # so none is made
-    finally:
-        if not _computed_again(decoder): config._attn_implementation = before
-
 def _apart(decoder: nn.Module, ids: Tensor) -> bool:
     "Whether two documents in one row have the states that they have alone."
     positions = torch.tensor([[0, 1, 2, 0, 1]], device=ids.device)
     try:
         alone = [decoder(input_ids=x, use_cache=False).last_hidden_state for x in (ids[:, :3], ids[:, 3:])]
-        with _by_document(decoder, positions) as documents:
+        with by_document(decoder, positions) as documents:
             row = decoder(input_ids=ids, position_ids=positions, **documents, use_cache=False).last_hidden_state
     except Exception: return False  # what is really wrong shows in the padded forward
     return _close(row, torch.cat(alone, 1), 5e-2)
@@ -262,16 +192,16 @@ def hidden_states(
     names = ("inputs_embeds" if "inputs_embeds" in batch else "input_ids", "attention_mask", "position_ids")
     inputs = {name: batch[name] for name in names if name in batch}
     compiled = any("_orig_mod" in m._modules for m in model.modules())  # lengths of documents would compile it anew
-    change = _without_padding if not compiled and _takes_documents(decoder) else _one_in_each_row
+    change = without_padding if not compiled and _takes_documents(decoder) else one_in_each_row
     row, places = (not prompted and change(inputs)) or (inputs, None)
     wrapped = model is not bare or prompted or type(bare).__name__.startswith("FSDP")
     run = partial(model, logits_to_keep=1) if wrapped else decoder  # wrappers take part in the call
-    by_document = places is not None and "position_ids" in row
-    with _by_document(decoder, row["position_ids"] if by_document else None) as documents:
+    in_a_row = places is not None and "position_ids" in row
+    with by_document(decoder, row["position_ids"] if in_a_row else None) as documents:
         states, _ = _run(decoder, run, **row, **documents)
     shape = next(iter(inputs.values())).shape[:2]  # (B, T)
     if places is None: return states[:, -shape[1]:]  # without the tokens of a prompt that an adapter puts before
-    states = states[0] if by_document else states[row["attention_mask"].bool()]  # (N, H)
+    states = states[0] if in_a_row else states[row["attention_mask"].bool()]  # (N, H)
     return states.new_zeros(shape.numel(), states.shape[-1]).index_copy(0, places, states).view(*shape, -1)
 
 # %% ../nbs/api/02_models.ipynb #02-models-37
