@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ._files import ENDINGS, file_hash, files_of, read_values
 from ._hub import HUB, by_full_name, from_hub, on_hub, renamed, short
-from ._turns import (FIELDS, as_number, as_text, excerpt, first_of, join, listed, message_of, nothing,
+from ._turns import (FIELDS, LEARN, as_number, as_text, excerpt, first_of, join, listed, message_of, nothing,
                               read_tools)
 
 _log = logging.getLogger(__name__)
@@ -112,7 +112,8 @@ def _unread(fields: _Fields, turns: list[tuple]) -> list[str]:
         parts = turn["content"] if isinstance(turn.get("content"), list) else []
         named = [*turn.items(), *((f"content.{name}", part[name]) for part in parts for name in part)]
         return {f"turn.{field}" for field, value in named
-                if field not in (*read, "content.type", "content.text", "content.weight") and not nothing(value)}
+                if field not in (*read, "content.type", "content.text", *(f"content.{mark}" for mark in LEARN))
+                and not nothing(value)}
     return own + sorted({name for n, (_, _, *more) in enumerate(turns) for turn in more for name in of(turn, not n)})
 
 def _group(record: dict) -> int | None:
