@@ -18,12 +18,13 @@ COLUMNS = {  # reference, model, training data
     "SmolLM2, all layers, GSM8K": ("gpu", "smollm2-135m", "gsm8k"),
     "Gemma 3, all layers, GSM8K": ("gpu", "gemma-3-270m", "gsm8k")}
 ROWS = {  # claim or control, and which of its measures
-    ("C1", 0): "epistemic uncertainty and loss, rank correlation", ("C1", 1): "minus that of aleatoric uncertainty",
+    ("C1", 0): "epistemic uncertainty and loss, rank correlation", ("C1", 1): "the same, minus that of aleatoric uncertainty and loss",
     ("C2", 0): "aleatoric uncertainty and entropy, rank correlation",
     ("C3", 0): "held out: masked MLE over MLE", ("C3a", 0): "a random quarter over MLE",
     ("C3b", 0): "masked MLE over a random quarter", ("C4", 0): "masked MLE over document-masked MLE",
     ("C5", 0): "overlap of the first and the last mask", ("C6", 0): "OOD: masked MLE over the untrained model",
-    ("C7", 0): "share of that loss that the combined objective restores", ("C7a", 0): "that MLE + KL restores",
+    ("C7", 0): "share of the OOD loss of masked MLE that combined restores",
+    ("C7a", 0): "the same, by MLE + KL",
     ("C8", 0): "held out: combined over MLE", ("C8", 1): "OOD: combined over MLE",
     ("C8a", 0): "held out: combined over MLE + KL"}
 SIGNS = {"supported": "✓", "contradicted": "✗", "no effect": "=", "undecided": "?"}

@@ -212,7 +212,11 @@ class ObjectiveMixin(_Resuming):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "This micro-batch's share of the loss of the step; gradients are averaged over devices, hence the factor."
-        with self.accelerator.autocast(): out = self.objective(model, inputs, self.teacher, num_items_in_batch)
+        try:
+            with self.accelerator.autocast(): out = self.objective(model, inputs, self.teacher, num_items_in_batch)
+        except ValueError:
+            self._check_gradient()  # weights of NaN give scores of NaN, which an objective refuses
+            raise
         if model.training: self._observe(self.objective, out, inputs)
         if model.training and self.token_log is not None: self.token_log(self.state.global_step, inputs, out)
         loss = out.loss if num_items_in_batch is None else out.loss * self.accelerator.num_processes
