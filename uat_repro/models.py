@@ -10,7 +10,7 @@ __all__ = ['FAMILIES', 'SITES', 'PRECISIONS', 'Head', 'has_dropout', 'eval_mode'
            'TINY', 'cache_dir', 'convert_gguf', 'load_model', 'tiny_model', 'tiny_tokenizer', 'weights_hash']
 
 # %% ../nbs/api/02_models.ipynb #02-models-03
-import copy
+import copy, warnings
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Callable, Iterator, Mapping, NamedTuple
@@ -296,4 +296,6 @@ def add_lora(
     "`model` with a fresh LoRA adapter on every linear map of its layers (Hu et al. 2022)."
     from peft import LoraConfig, get_peft_model
     kind = dict(target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, **kind))
+    with warnings.catch_warnings():  # PEFT asks transformers by an older name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, **kind))
