@@ -51,8 +51,8 @@ class Head(NamedTuple):
     @classmethod
     def __init_subclass__(cls):
         if "logits" in vars(cls) and "before" not in vars(cls):
-            raise TypeError(f"{cls.__name__} changes `logits` and not `before`, so its gradients would be wrong: define "
-                            "`before` too, or `before = Head.before` where the logits stay what they are")
+            raise TypeError(f"{cls.__name__} changes `logits` and not `before`, so its gradients would be wrong: "
+                            "define `before` too, or `before = Head.before` where the logits stay what they are")
 
 # %% ../nbs/api/02_models.ipynb #02-models-11
 def has_dropout(model: nn.Module) -> bool:  # whether a forward in training mode is random

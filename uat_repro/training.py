@@ -40,8 +40,8 @@ class _Watching:
         "Raise a `FloatingPointError` where the last gradient is NaN."
         if math.isnan(self._norm) and getattr(self.accelerator, "scaler", None) is None:  # which leaves such steps out
             raise FloatingPointError(
-                f"the gradient is NaN at step {self.state.global_step} or before, and so the weights are lost: go on from "
-                "an earlier checkpoint, with a lower learning rate, more warm-up, or in float32")
+                f"the gradient is NaN at step {self.state.global_step} or before, and so the weights are lost: go on "
+                "from an earlier checkpoint, with a lower learning rate, more warm-up, or in float32")
 
     def log(self, *args, **kwargs) -> None:
         self._check_gradient()
