@@ -8,3 +8,8 @@ from hypothesis import settings
 settings.register_profile("default", max_examples=200, deadline=None, derandomize=True)
 settings.register_profile("soak", max_examples=1000, deadline=None)
 settings.load_profile("default")
+
+LONG = ("test_workflow.py", "test_experiments.py")  # begin first, so that no process is left alone with them
+
+
+def pytest_collection_modifyitems(items): items.sort(key=lambda item: item.path.name not in LONG)
