@@ -14,8 +14,8 @@ from uat_repro._weights import PACKAGED_WEIGHTS, absent_parts
 
 HERE = Path(__file__).parent
 MASKED = ["trainer_mle", "trainer_topk", "sft_nll", "sft_topk", "ours_mle", "ours_masked_mle", "ours_masked_mle_checkpointed", "ours_masked_mle_top"]
-GEMMA = "Gemma 3 270M"  # a vocabulary of 262,144, where its weights are installed
 COMBINED = ["trainer_mle", "gkd", "teacher_loop", "ours_combined_frozen", "ours_combined_cached", "ours_combined_cached_checkpointed"]
+GEMMA = "Gemma 3 270M"  # a vocabulary of 262,144, where its weights are installed
 WORKLOADS = {  # name -> variants, options
     "masked": (MASKED, dict(model="smollm2-135m")),
     "combined": (COMBINED, dict(model="smollm2-135m")),
@@ -136,7 +136,7 @@ def missing(model:str)->str:
 
 def main(options):
     kept = HERE/"results.json"
-    result = json.loads(kept.read_text()) if kept.exists() else dict(workloads={}, scaling={})  # what is not measured again stays
+    result = json.loads(kept.read_text()) if options.only and kept.exists() else dict(workloads={}, scaling={})
     result["machine"] = machine(options.threads)
     for part in options.only or PARTS:
         if part in WORKLOADS:

@@ -9,7 +9,8 @@ __all__ = ['ObjectiveMixin', 'UncertaintyAwareTrainer', 'AtSteps', 'train_in_mem
 
 # %% ../nbs/api/09_training.ipynb #09-training-03
 import json, logging, math, tempfile, time, zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -42,6 +43,14 @@ class _Watching:
             raise FloatingPointError(
                 f"the gradient is NaN at step {self.state.global_step} or before, and so the weights are lost: go on "
                 "from an earlier checkpoint, with a lower learning rate, more warm-up, or in float32")
+
+    @contextmanager
+    def _naming_nan(self) -> Iterator[None]:
+        "Weights of NaN give scores of NaN, which an objective refuses: raise for what came before."
+        try: yield
+        except ValueError:
+            self._check_gradient()
+            raise
 
     def log(self, *args, **kwargs) -> None:
         self._check_gradient()
@@ -212,11 +221,8 @@ class ObjectiveMixin(_Resuming):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "This micro-batch's share of the loss of the step; gradients are averaged over devices, hence the factor."
-        try:
-            with self.accelerator.autocast(): out = self.objective(model, inputs, self.teacher, num_items_in_batch)
-        except ValueError:
-            self._check_gradient()  # weights of NaN give scores of NaN, which an objective refuses
-            raise
+        with self._naming_nan(), self.accelerator.autocast():
+            out = self.objective(model, inputs, self.teacher, num_items_in_batch)
         if model.training: self._observe(self.objective, out, inputs)
         if model.training and self.token_log is not None: self.token_log(self.state.global_step, inputs, out)
         loss = out.loss if num_items_in_batch is None else out.loss * self.accelerator.num_processes
