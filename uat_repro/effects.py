@@ -70,7 +70,8 @@ def with_interval(
     null: float = 0.0,  # value that the p value is computed against
     **more,  # further fields of `Effect`
 ) -> Effect:
-    "An effect with its t interval and its p value."
+    "An effect with its t interval and its p value; an error of zero says nothing, and gives no interval."
+    error = error or math.nan
     with np.errstate(all="ignore"): far = np.divide(abs(estimate - null), error)
     p = float(2 * stdtr(df, -far))
     return Effect(float(estimate), null=null, p=p, error=float(error), df=float(df), **more).at(LEVEL)
@@ -82,7 +83,8 @@ def detectable(
     return float(stdtrit(effect.df, .5 + effect.level / 2) + stdtrit(effect.df, .8)) * effect.error
 
 # %% ../nbs/api/12_effects.ipynb #12-effects-11
-MARGINS = {"nats": .02, "share of tokens": .02, "share": .02}  # by unit, for measures of performance
+_PERFORMANCE = ("nats", "share of tokens", "share of problems", "share")
+MARGINS = dict.fromkeys(_PERFORMANCE, .02)  # by unit
 
 class Measured(NamedTuple):
     "Unit of a column, its better direction, and its margin."
@@ -93,6 +95,7 @@ class Measured(NamedTuple):
 _LOSSES, _SHARES = ("nll", "nll_hard", "nll_easy", "kl", "loss"), ("accuracy", "accuracy_hard", "accuracy_easy")
 MEASURES = {**dict.fromkeys(_LOSSES, Measured("nats", "lower", MARGINS["nats"])),
             **dict.fromkeys(_SHARES, Measured("share of tokens", "higher", MARGINS["share of tokens"])),
+            **dict.fromkeys(("correct", "ended"), Measured("share of problems", "higher", MARGINS["share of problems"])),
             **dict.fromkeys(("entropy", "total", "aleatoric", "epistemic"), Measured("nats", "lower")),
             "gain": Measured("nats", "higher"),
             "share": Measured("share of the uncertainty", "lower")}

@@ -186,7 +186,7 @@ def _interaction(run: pd.DataFrame) -> tuple[float, float]:
     fixed = np.column_stack([z[:, 0] * t, z[:, 1:] * t[:, None], z, one, t])
     with warnings.catch_warnings(action="ignore"):  # a component at its limit of zero
         fit = MixedLM(np.log(run["epistemic"].to_numpy()), fixed, run["record"].to_numpy(),
-                      np.column_stack([one, t])).fit(method="lbfgs")
+                      np.column_stack([one, t])).fit(method="powell")
     return float(fit.params[0]), float(fit.bse[0])
 
 # %% ../nbs/api/12_tokenwise.ipynb #12-tokenwise-34
