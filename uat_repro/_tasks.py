@@ -18,7 +18,6 @@ from pathlib import Path
 import huggingface_hub as hub, pandas as pd, yaml
 from accelerate import PartialState
 from transformers import PrinterCallback, TrainingArguments
-from transformers.utils.logging import disable_progress_bar
 
 from ._arguments import Reading
 from ._card import model_card
@@ -38,7 +37,6 @@ from .uncertainty import score_tokens
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-06
 def load(model: str, chat_template: str = ""):
     "A model, on the device of this process, and its tokenizer, with its own chat template or with another."
-    if not sys.stderr.isatty(): disable_progress_bar()  # of weights that are read and written
     network, tokenizer = load_model(model)
     return network.to(PartialState().device), use_template(tokenizer, chat_template)
 

@@ -128,7 +128,7 @@ def exact_match(
     if not records: raise ValueError("no problem to solve: give at least one record")
     asked, ends, rows = [_asked(r, tokenizer) for r in records], _ends(model, tokenizer), {}
     order = sorted(range(len(asked)), key=lambda i: len(asked[i][1]))
-    with eval_mode(model), _one_weight(model), tqdm(total=len(order), desc="answers", disable=len(order) <= batch_size) as bar:
+    with eval_mode(model), _one_weight(model), tqdm(total=len(order), desc="answers", delay=2) as bar:
         for k in range(0, len(order), batch_size):
             some = order[k:k + batch_size]
             written = _write(model, [asked[i][1] for i in some], max_new_tokens, ends)

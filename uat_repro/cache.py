@@ -206,8 +206,7 @@ def _build(
     index = dict(identity=identity, lengths=lengths, parts=parts, bytes=size)
     _replace(path/"index.json", lambda part: part.write_text(json.dumps(index)))
     runner = model if layer == -1 else split_layers(model, layer)[0]
-    with tqdm(total=sum(lengths), unit="token", desc=f"hidden states, {size / 1e6:,.0f} MB",
-              disable=len(lengths) <= batch_size) as bar:
+    with tqdm(total=sum(lengths), unit="token", desc=f"hidden states, {size / 1e6:,.0f} MB", delay=2) as bar:
         for i, (records, label) in enumerate(zip(parts, _labels(index))):
             _fill(path/PART.format(i), label, runner, [dataset[r] for r in records], batch_size, bar)
     return cls(path)

@@ -9,7 +9,7 @@ __all__ = ['app', 'main', 'reproduce', 'plan', 'claims', 'status', 'verify', 'im
            'evaluate', 'cache']
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-03
-import importlib, json, logging, shutil, sys
+import importlib, json, logging, os, shutil, sys
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
@@ -39,6 +39,7 @@ def main(
 ) -> int:  # exit status
     "Run a command. An error is one line on stderr and exit status 1; with `--debug` it is raised."
     args = list(sys.argv[1:] if args is None else args)
+    if not sys.stderr.isatty(): os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
     debug = "--debug" in args
     try: app([a for a in args if a != "--debug"], prog_name="uat-repro")
     except SystemExit as e: return int(e.code or 0)

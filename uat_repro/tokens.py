@@ -128,7 +128,7 @@ def encode_all(
     if too_long not in ("error", "drop", "crop"):
         raise ValueError(f"too_long={too_long!r} is unknown: it is one of error, drop, crop")
     records, rows, partial, skipped = list(records), [], 0, Counter() if left_out is None else left_out
-    for record in tqdm(records, desc="encode", leave=False, disable=len(records) < 1000):
+    for record in tqdm(records, desc="encode", leave=False, delay=2):
         try: row, whole = _encode(record, tokenizer, max_length, crop=too_long == "crop")
         except Unusable as e:
             if isinstance(e, _TooLong) and too_long == "error": raise
