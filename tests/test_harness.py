@@ -7,6 +7,7 @@ import pytest
 from uat_repro import evaluation
 from uat_repro.evaluation import NEED_PUNKT, benchmark
 from uat_repro.models import tiny_model, tiny_tokenizer
+from uat_repro.tokens import TEMPLATE_DATE
 
 for package in ("lm_eval", "langdetect", "immutabledict"):
     pytest.importorskip(package, reason=f"needs {package}: pip install 'uat_repro[benchmarks]'")
@@ -32,6 +33,15 @@ def test_prompts_that_cannot_be_judged_are_left_out_and_counted(folder):
     said = samples.set_index(["record", "metric"])["response"]["ifeval/0", "prompt_level_strict_acc"]
     assert value["ifeval/0", "prompt_level_strict_acc"] == float("," not in said and said.strip() != "")
     assert value["ifeval/1", "prompt_level_strict_acc"] == 0 and 0 <= value["ifeval/1", "inst_level_strict_acc"] <= .5
+
+
+def test_prompts_of_benchmarks_have_the_fixed_date(monkeypatch):
+    tokenizer, seen = tiny_tokenizer(), []
+    tokenizer.chat_template = "{{ date_string }}, {{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}"
+    ask = lambda network, *args, **kwargs: seen.append(network.apply_chat_template([dict(role="user", content="Q")]))
+    monkeypatch.setattr(evaluation, "_run_harness", lambda *args, **kwargs: ask(*args, **kwargs) or {})
+    benchmark(tiny_model(), tokenizer, ["gsm8k"])
+    assert seen == [f"{TEMPLATE_DATE}, {TEMPLATE_DATE}: Q"]
 
 
 def test_a_missing_package_is_named(monkeypatch):

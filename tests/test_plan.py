@@ -96,3 +96,9 @@ def test_a_model_that_is_not_known_here_is_said_to_be(tmp_path):
     path.write_text(json.dumps(few))  # without training there is nothing to count
     assert "unknown: connect to the hub" in plan_text(str(path))
     with pytest.raises(ValueError, match="did you mean 'smoke'"): plan_text("smok")
+
+
+def test_the_profile_tells_the_memory_that_the_plan_computes():
+    paper = load_profile("paper")
+    first, second, third = (f"{peak_bytes(paper, model, True) / 1e9:.0f}" for model in paper["models"])
+    assert f"{first}, {second} and {third} GB" in (FLOW / "profiles" / "paper.yaml").read_text(encoding="utf-8").replace("\n# ", " ")

@@ -1,5 +1,5 @@
 """Snakemake, papermill and the command line, for real: on stand-in notebooks where only the order matters, and on the real ones at smoke size."""
-import json, os, re, signal, subprocess, sys, time
+import ast, json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 
 import nbformat, pandas as pd, pytest, yaml
@@ -199,6 +199,14 @@ def test_paper_asks_for_a_gpu_for_every_experiment():
     paper = load_profile("paper")
     assert EXPERIMENTS.keys() - paper.keys() == {"answers"}  # for those it has benchmarks
     assert all(paper[e]["resources"]["gpu"] == 1 and paper[e]["seconds"] > 0 for e in EXPERIMENTS if e in paper)
+
+
+@pytest.mark.parametrize("given, seen", [(None, "0"), ("", ""), ("2", "2"), ("3,1", "3")])
+def test_a_run_sees_the_first_gpu_that_it_was_given(given, seen):
+    start = ast.literal_eval(re.search(r"PAPERMILL = (\(.*?\n\))", (FLOW / "Snakefile").read_text(), re.S)[1])
+    shell = start.partition("{PYTHON")[0].replace("{{", "{").replace("}}", "}") + "printenv CUDA_VISIBLE_DEVICES"
+    env = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"} | ({} if given is None else dict(CUDA_VISIBLE_DEVICES=given))
+    assert subprocess.run(["bash", "-euc", shell], env=env, capture_output=True, text=True).stdout == f"{seen}\n"
 
 
 @pytest.mark.parametrize("needs, together", [(400, True), (600, False)])

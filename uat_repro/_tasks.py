@@ -30,7 +30,7 @@ from .objective import Objective
 from .page import token_page
 from .records import NoRecords, files_digest, load_records
 from .results import cost, manifest, read_json, write_frame, write_json, write_whole
-from .tokens import encode_all, use_template
+from .tokens import TEMPLATE_DATE, encode_all, use_template
 from .training import UncertaintyAwareTrainer
 from .uncertainty import score_tokens
 
@@ -288,7 +288,7 @@ def run_training(asked) -> None:
     name, spec, reference = name_of(asked.dataset), Path(asked.model).name, asked.reference
     other = reference and second(reference, tokenizer)
     data = {name: digest(rows)} | ({f"{ood} (OOD)": digest(held_out["ood"])} if ood else {})
-    made = manifest(asked.seed, data, {spec: weights_hash(network)})
+    made = manifest(asked.seed, data, {spec: weights_hash(network)}, template_date=TEMPLATE_DATE)
     source = Path(asked.dataset)
     about = dict(dataset=name, model=spec, objective=asked.objective, settings=vars(chosen), documents=len(rows),
                  files=file_hash(source) if source.is_file() else files_digest(asked.dataset, asked.data_dir),

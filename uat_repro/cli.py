@@ -158,9 +158,13 @@ def status(
     profile = _open_results(workdir)
     todo = _stale(workdir, data_dir)
     states = {run: state_of(workdir, run.notebook) for run in todo}
-    spent = sum(read_json(path)["wall_seconds"] for path in workdir.glob("*/*/cost.json"))
+    took: dict[str, list[float]] = {}
+    for cost in workdir.glob("*/*/cost.json"):
+        took.setdefault(cost.parts[-3], []).append(read_json(cost)["wall_seconds"])
+    here = {name: profile[name] | dict(seconds=sum(s) / len(s)) for name, s in took.items() if name in profile}
+    spent = sum(map(sum, took.values()))
     done = len(result_files(profile)) + len(figures(profile)) - len(todo)
-    left = Progress(todo, profile, cores).left(0) if todo else 0
+    left = Progress(todo, profile | here, cores).left(0) if todo else 0
     if as_json: return print(json.dumps(dict(
         done=done, spent_seconds=spent, left_seconds=left, runs={str(run): s for run, s in states.items()}), indent=1))
     for run, state in states.items():

@@ -21,6 +21,7 @@ import pandas as pd
 import torch, yaml
 from torch import Tensor, nn
 
+from ._templates import with_fixed_date
 from .head import TokenScores, frozen, scores_and_divergence, token_scores
 from .models import Head, eval_mode, head_of, hidden_states
 from .tokens import Layout, lay_out
@@ -233,7 +234,8 @@ def benchmark(
         raise ImportError("the package lm_eval is missing: run `pip install 'uat_repro[benchmarks]'`")
     from lm_eval.models.huggingface import HFLM
     longest = model.config.max_position_embeddings
-    network = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=longest)
+    network = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=longest,
+                   chat_template_args=with_fixed_date(tokenizer))
     generation = dict(max_gen_toks=max_new_tokens) if max_new_tokens else None
     with tempfile.TemporaryDirectory() as folder, eval_mode(model):
         files = Path(data_dir or os.environ.get("UAT_REPRO_DATA_DIR") or folder)

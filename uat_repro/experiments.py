@@ -31,7 +31,7 @@ from .evaluation import Baseline, TokenScores, measure_baseline
 from .models import load_model, split_layers
 from .objective import Objective
 from .results import cost, manifest, read_about, write_frame, write_json
-from .tokens import Collator, lay_out, token_frame
+from .tokens import TEMPLATE_DATE, Collator, lay_out, token_frame
 from .training import train_in_memory
 from .uncertainty import MCDropout
 
@@ -105,7 +105,7 @@ def finish(
     resumed = any(made.stat().st_mtime < started for made in Path(out, PARTS).glob("*/"))  # it took more than is told
     write_json(f"{out}/cost.json", cost(started, resumed=resumed, **more))
     shutil.rmtree(Path(out, PARTS), ignore_errors=True)  # all is in the tables
-    made_with = manifest(seeds, data=data, weights=weights)
+    made_with = manifest(seeds, data=data, weights=weights, template_date=TEMPLATE_DATE)
     write_json(f"{out}/result.json", sealed(dict(identity=dict(identity), **about, manifest=made_with), out))
 
 # %% ../nbs/api/14_experiments.ipynb #14-experiments-13

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, Callable, Iterator, Mapping, NamedTuple
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -275,16 +276,18 @@ def dropout_at(
 
 # %% ../nbs/api/02_models.ipynb #02-models-50
 PRECISIONS = ("auto", "float32", "bfloat16")
+def _on_gpu() -> bool: return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+
 def use_bf16(precision: str = "auto") -> bool:
     'Whether a precision means bfloat16 on this machine; "auto" does if there is hardware for it.'
     if precision not in PRECISIONS: raise ValueError(f"precision is {precision!r}; allowed are {', '.join(PRECISIONS)}")
     if precision != "auto": return precision == "bfloat16"
-    if torch.cuda.is_available(): return torch.cuda.is_bf16_supported()
+    if _on_gpu(): return torch.cuda.is_bf16_supported()
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 def autocast(precision: str = "auto") -> torch.autocast:
     "A context in which layers compute in one of `PRECISIONS`."
-    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=use_bf16(precision))
+    return torch.autocast("cuda" if _on_gpu() else "cpu", torch.bfloat16, enabled=use_bf16(precision))
 
 # %% ../nbs/api/02_models.ipynb #02-models-53
 def add_lora(

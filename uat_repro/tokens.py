@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 from tqdm import tqdm
 
-from ._templates import PLAIN_TEMPLATE, Unusable, label_chat, use_template
+from ._templates import PLAIN_TEMPLATE, TEMPLATE_DATE, Unusable, label_chat, use_template
 from .records import NoRecords, record_id, to_messages
 
 _log = logging.getLogger(__name__)
