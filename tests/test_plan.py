@@ -7,12 +7,13 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from uat_repro import head
-from uat_repro._plan import plan_text, sizes_of, training_bytes
+from uat_repro._plan import peak_bytes, plan_text, sizes_of, training_bytes
 from uat_repro.distillation import FrozenTeacher
 from uat_repro.head import SLICE_LOGITS
 from uat_repro.models import tiny_tokenizer
 from uat_repro.objective import Objective
 from uat_repro.training import train_in_memory
+from uat_repro.workflow import FLOW, load_profile
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(model_type="llama", hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
