@@ -53,6 +53,7 @@ SIZES = {  # the end of a spec, in lower case, starts with one of these names; f
     "smollm2-135m": _sizes("llama", 576, 1536, 30, 9, 3, 49_152, tie_word_embeddings=True),
     "gemma-3-270m": _sizes("gemma3_text", 640, 2048, 18, 4, 1, 262_144, head_dim=256),
     "qwen2.5-coder-0.5b": _sizes("qwen2", 896, 4864, 24, 14, 2, 151_936, tie_word_embeddings=False),
+    "qwen2.5-coder-1.5b": _sizes("qwen2", 1536, 8960, 28, 12, 2, 151_936, tie_word_embeddings=False),
 }
 
 # %% ../nbs/api/17c_plan.ipynb #17c-plan-08
