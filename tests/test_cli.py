@@ -56,7 +56,8 @@ def test_doctor_names_a_package_whose_modules_are_gone():
 
 def test_there_are_no_progress_bars_in_a_file():
     code = "from uat_repro.cli import main; main(['--version']); from tqdm.auto import tqdm; list(tqdm(range(3)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == ""
+    env = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"}
+    assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stderr == ""
 
 
 def test_results_that_are_stale_or_missing_are_refused(tmp_path, monkeypatch, capsys):

@@ -38,8 +38,10 @@ def test_prompts_that_cannot_be_judged_are_left_out_and_counted(folder):
 def test_prompts_of_benchmarks_have_the_fixed_date(monkeypatch):
     tokenizer, seen = tiny_tokenizer(), []
     tokenizer.chat_template = "{{ date_string }}, {{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}"
-    ask = lambda network, *args, **kwargs: seen.append(network.apply_chat_template([dict(role="user", content="Q")]))
-    monkeypatch.setattr(evaluation, "_run_harness", lambda *args, **kwargs: ask(*args, **kwargs) or {})
+    def harness(network, *args, **kwargs):
+        seen.append(network.apply_chat_template([dict(role="user", content="Q")]))
+        return {}
+    monkeypatch.setattr(evaluation, "_run_harness", harness)
     benchmark(tiny_model(), tokenizer, ["gsm8k"])
     assert seen == [f"{TEMPLATE_DATE}, {TEMPLATE_DATE}: Q"]
 

@@ -3,7 +3,7 @@ import pytest, torch
 
 from uat_repro.head import full_precision, map_tokens, scores_and_divergence, scores_of, token_scores
 from uat_repro.loss import token_loss
-from uat_repro.models import Head
+from uat_repro.models import Head, autocast
 from uat_repro.uncertainty import _mixture_scores, decompose
 
 CONFIDENT = 30.0  # logits of a model that is sure: entropies near 0, as the difference of large numbers
@@ -100,3 +100,9 @@ def test_the_setting_is_put_back_after_an_error(case, untouched):
     by_transformers()
     with pytest.raises(ZeroDivisionError), full_precision(): 1 / 0
     assert settings() == ["tf32"] * 3
+
+
+def test_layers_compute_where_accelerate_puts_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert autocast("bfloat16").device == "cpu"

@@ -236,8 +236,7 @@ _RULE = f"""*Intervals are over seeds and records (or templates, or runs), simul
 of the table (Holm). Supported: the whole interval lies on the expected side; contradicted: on the other; negligible is
 added where it lies inside the margin (0.02 nats per token, 2 points of accuracy). No effect: the {EQUIVALENCE:.0%}
 interval, not corrected, lies inside the margin. Undecided: all else; the data could not tell. Detectable: the smallest
-true effect that such a design finds four times out of five at its level. A single training seed is not judged,
-nor is an effect whose error came out as zero.*"""
+true effect that such a design finds four times out of five at its level. Not judged: one seed, or an error of zero.*"""
 
 # %% ../nbs/api/13_claims.ipynb #13-claims-47
 def claims_table(

@@ -72,8 +72,7 @@ def with_interval(
 ) -> Effect:
     "An effect with its t interval and its p value; an error of zero says nothing, and gives no interval."
     error = error or math.nan
-    with np.errstate(all="ignore"): far = np.divide(abs(estimate - null), error)
-    p = float(2 * stdtr(df, -far))
+    p = float(2 * stdtr(df, -abs(estimate - null) / error))
     return Effect(float(estimate), null=null, p=p, error=float(error), df=float(df), **more).at(LEVEL)
 
 def detectable(
@@ -83,8 +82,7 @@ def detectable(
     return float(stdtrit(effect.df, .5 + effect.level / 2) + stdtrit(effect.df, .8)) * effect.error
 
 # %% ../nbs/api/12_effects.ipynb #12-effects-11
-_PERFORMANCE = ("nats", "share of tokens", "share of problems", "share")
-MARGINS = dict.fromkeys(_PERFORMANCE, .02)  # by unit
+MARGINS = dict.fromkeys(("nats", "share of tokens", "share of problems", "share"), .02)  # by unit, of performance
 
 class Measured(NamedTuple):
     "Unit of a column, its better direction, and its margin."
@@ -97,8 +95,7 @@ MEASURES = {**dict.fromkeys(_LOSSES, Measured("nats", "lower", MARGINS["nats"]))
             **dict.fromkeys(_SHARES, Measured("share of tokens", "higher", MARGINS["share of tokens"])),
             **dict.fromkeys(("correct", "ended"), Measured("share of problems", "higher", MARGINS["share of problems"])),
             **dict.fromkeys(("entropy", "total", "aleatoric", "epistemic"), Measured("nats", "lower")),
-            "gain": Measured("nats", "higher"),
-            "share": Measured("share of the uncertainty", "lower")}
+            "gain": Measured("nats", "higher"), "share": Measured("share of the uncertainty", "lower")}
 
 # %% ../nbs/api/12_effects.ipynb #12-effects-14
 def mean_squares(
