@@ -55,7 +55,7 @@ def main(
 # %% ../nbs/api/18_cli.ipynb #18-cli-12
 @app.command()
 def reproduce(
-    profile: option(str, help="cpu, smoke, cpu-full, cpu-1b, gpu, paper, or the path of a .yaml file") = "cpu",
+    profile: option(str, help="cpu, smoke, cpu-full, cpu-families, cpu-1b, gpu, paper, or a .yaml file") = "cpu",
     only: option(list[str] | None, help="A figure, such as fig2a, or claims; may be repeated.") = None,
     dry_run: option(bool, "--dry-run", help="List the runs, and stop.") = False,
     workdir: option(Path | None, help="Folder of results; `results` for cpu, else `results-<profile>`.") = None,
@@ -80,7 +80,7 @@ def reproduce(
 # %% ../nbs/api/18_cli.ipynb #18-cli-57
 @app.command()
 def plan(
-    profile: option(str, help="cpu, smoke, cpu-full, cpu-1b, gpu, paper, or the path of a .yaml file") = "cpu",
+    profile: option(str, help="cpu, smoke, cpu-full, cpu-families, cpu-1b, gpu, paper, or a .yaml file") = "cpu",
     data_dir: DataDir = None,
     as_json: Json = False,
 ):

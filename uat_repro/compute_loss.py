@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import TrainingArguments
 
 from .head import scores_of
 from .models import Head
@@ -47,12 +48,24 @@ def _check_logits(o: Settings) -> None:
         raise ValueError(f"scope is {o.scope!r} and granularity {o.granularity!r}, but a compute_loss_func sees no "
                          "position ids and cannot tell packed documents apart: use UncertaintyAwareTrainer")
 
+def _check_arguments(o: Settings, args: TrainingArguments) -> None:
+    "Raise a `ValueError` if a Trainer's arguments ask for what a `compute_loss_func` cannot give."
+    if args.label_smoothing_factor:
+        raise ValueError(f"label_smoothing_factor is {args.label_smoothing_factor}, but a Trainer does not apply it "
+                         "beside a compute_loss_func: leave it at 0")
+    if o.selects and args.gradient_accumulation_steps > 1:
+        raise ValueError(f"gradient_accumulation_steps is {args.gradient_accumulation_steps}, but a compute_loss_func "
+                         "sees one batch of a step and cannot know how many tokens of the others are selected: use "
+                         "UncertaintyAwareTrainer, or leave it at 1")
+
 # %% ../nbs/api/08a_compute_loss.ipynb #08a-compute-loss-09
 def as_compute_loss_func(
     objective: Objective,  # whose rules need nothing but the logits of one batch
+    args: TrainingArguments | None = None,  # of the Trainer, to refuse what would have no effect
 ) -> Callable:  # (outputs, labels, num_items_in_batch=None) -> scalar loss; without gradient that of "mle"
-    "The objective as a `compute_loss_func` for `transformers.Trainer`."
+    "The objective as a `compute_loss_func` for `transformers.Trainer`. Raises where it could not be followed there."
     _check_logits(objective)
+    if args is not None: _check_arguments(objective, args)
     def compute_loss(outputs, labels: Tensor, num_items_in_batch=None) -> Tensor:
         o = objective if torch.is_grad_enabled() else Objective.preset("mle")
         layout = lay_out(dict(labels=labels))

@@ -146,9 +146,10 @@ def with_gradients(
 # %% ../nbs/api/03a_loss.ipynb #03a-loss-59
 def _sort(weight: Tensor, kl_weight: Tensor) -> tuple[Tensor, int, int]:
     "The tokens that count, sorted; where the losses begin, and where the divergences end."
-    ce, kl = weight != 0, kl_weight != 0
-    groups = [mask.nonzero()[:, 0] for mask in (kl & ~ce, kl & ce, ce & ~kl)]
-    return torch.cat(groups), len(groups[0]), len(groups[0]) + len(groups[1])
+    ce, kl = (weight != 0).int(), kl_weight != 0
+    kind = torch.where(kl, ce, 3 - ce)  # (N,) 0: divergence, 1: both, 2: loss, 3: neither
+    first, end, count = torch.stack([(kind < k).sum() for k in (1, 2, 3)]).tolist()  # a GPU is waited for once
+    return kind.argsort(stable=True)[:count], first, end
 
 # %% ../nbs/api/03a_loss.ipynb #03a-loss-61
 def _divergence_term(

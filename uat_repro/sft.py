@@ -12,6 +12,7 @@ import re
 
 from trl import SFTConfig, SFTTrainer
 
+from ._templates import fix_date
 from .training import ObjectiveMixin
 
 # %% ../nbs/api/09a_sft.ipynb #09a-sft-07
@@ -36,3 +37,9 @@ class UncertaintyAwareSFTTrainer(ObjectiveMixin, SFTTrainer):
             raise ValueError(f"TRL does not read weights, and the data set has {weights[0]}: leave them out, or pass "
                              "rows of encode_all, packed by trl.pack_dataset or not, and a Collator(tokenizer)")
         return given
+
+    def _prepare_dataset(self, dataset, processing_class, *args, **kwargs):
+        "TRL's, by a chat template that writes the same date tomorrow."
+        template = self.chat_template or getattr(processing_class, "chat_template", None)
+        if isinstance(template, str): self.chat_template = fix_date(template)
+        return super()._prepare_dataset(dataset, processing_class, *args, **kwargs)
