@@ -1,9 +1,10 @@
 "The configurations for `accelerate launch` that the package ships."
-import json, os, socket, subprocess, sys
+import json, os, shutil, socket, subprocess, sys
 from importlib.resources import files
 
-import pytest, torch
+import pandas as pd, pytest, torch
 from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
 
 from uat_repro.models import load_model
 
@@ -33,9 +34,9 @@ main()
 """  # processes as on two GPUs, for accelerate leaves FSDP out where there is none
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_two_processes_train_with_a_configuration(name, tmp_path):
-    mine, script = tmp_path/"mine.jsonl", tmp_path/"pretend.py"
+def launch(name, folder, *more):
+    "Train in two processes on documents that are made in a folder."
+    mine, script = folder/"mine.jsonl", folder/"pretend.py"
     rows = [dict(instruction=f"Count to {i}", input="", output=" ".join(map(str, range(i)))) for i in range(1, 41)]
     mine.write_text("\n".join(map(json.dumps, rows)))
     script.write_text(PRETEND)
@@ -43,16 +44,38 @@ def test_two_processes_train_with_a_configuration(name, tmp_path):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     flags = ["--config_file", str(CONFIGS/f"{name}.yaml"), "--num_processes", "2", "--main_process_port", str(port)]
-    train = ["--debug", "train", str(mine), "--model", "tiny-llama", "--documents", "16", "--batch-size", "4",
-             "--out", str(tmp_path/"out")]
+    train = ["--debug", "train", str(mine), "--model", "tiny-llama", "--documents", "16", "--batch-size", "4", *more]
     program = ["-m", "uat_repro.cli"] if name == "ddp" else [str(script)]
     call = [sys.executable, "-m", "accelerate.commands.launch", *flags, *program, *train]
     done = subprocess.run(call, capture_output=True, text=True, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_two_processes_train_with_a_configuration(name, tmp_path):
+    launch(name, tmp_path, "--out", str(tmp_path/"out"))
     found = json.loads((tmp_path/"out/result.json").read_text())
     assert found["steps"] == 2  # 16 documents, 4 on each of 2 processes
     assert found["loss_after"] < found["loss_before"]
     initial, trained = (load_model(x)[0].state_dict() for x in ("tiny-llama", str(tmp_path/"out/model")))
     assert {k: v.shape for k, v in trained.items()} == {k: v.shape for k, v in initial.items()}
     assert not any(torch.equal(v, initial[k]) for k, v in trained.items() if k.endswith("o_proj.weight"))
+
+
+def weights(folder): return load_file(folder/"model/model.safetensors")
+
+
+def test_batches_in_parts_make_the_same_steps_and_a_training_goes_on_from_its_checkpoint(tmp_path):
+    "Two processes, two passes, and all documents in each step: 8 at once, then 2 at once in four goes."
+    def train(out, *more): launch("ddp", tmp_path, "--objective", "mle", "--epochs", "2", "--checkpoint-every", "1", "--out", str(out), *more)
+    parts, in_parts = tmp_path/"parts", ("--batch-size", "2", "--accumulate", "4")
+    train(tmp_path/"whole", "--batch-size", "8")
+    train(parts, *in_parts)
+    first, second = (pd.read_parquet(tmp_path/out/"log.parquet")[["loss", "grad_norm"]] for out in ("whole", "parts"))
+    assert len(first) == 2 and second.to_numpy() == pytest.approx(first.to_numpy(), rel=.01)  # bfloat16
+    straight = weights(parts)
+    for late in ("model", "checkpoint-2"): shutil.rmtree(parts/late)
+    train(parts, *in_parts, "--resume")
+    again = weights(parts)
+    assert all(torch.equal(again[name], straight[name]) for name in straight)

@@ -204,12 +204,15 @@ def test_functions_that_would_never_be_called_are_refused(name, tmp_path):
         UncertaintyAwareTrainer(tiny_model(), arguments(tmp_path), processing_class=tokenizer, **{name: print})
 
 
+SHARDED = "tiny-llama", "tiny-gemma2", "tiny-phi3"
+
+
 def sharded(rank, folder):
     "Gradients of this rank's part of a batch with FSDP2, whole again."
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     whole = collate(rows())
-    for name in ("tiny-llama", "tiny-gemma2"):
+    for name in SHARDED:
         for o in (Objective.preset("mle"), Objective(scope="sequence", distill_weight=1.0)):
             model, mesh = tiny_model(name), init_device_mesh("cpu", (2,))
             for layer in model.model.layers: fully_shard(layer, mesh=mesh)
@@ -223,12 +226,26 @@ def sharded(rank, folder):
 
 def test_sharded_models_have_the_gradients_of_whole_ones(tmp_path):
     two_processes(sharded, tmp_path/"store", tmp_path)
-    for name in ("tiny-llama", "tiny-gemma2"):
+    assert {tiny_model(name).config.tie_word_embeddings for name in SHARDED} == {True, False}
+    for name in SHARDED:
         for o in (Objective.preset("mle"), Objective(scope="sequence", distill_weight=1.0)):
             model = tiny_model(name)
             o(model, collate(rows()), FrozenTeacher(tiny_model(name, seed=1))).loss.backward()
             found = torch.load(tmp_path/f"{name}-{o.scope}.pt")
             for k, p in model.named_parameters(): torch.testing.assert_close(found[k], p.grad, atol=1e-6, rtol=1e-4)
+
+
+def wrapped_by_fsdp1(rank, folder):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    model = FullyShardedDataParallel(tiny_model(), device_id=torch.device("cpu"), use_orig_params=True)
+    for use in (head_of, lambda m: Objective.preset("mle")(m, collate(rows()))):
+        with pytest.raises(ValueError, match="wrapped by FSDP1: use DDP, or FSDP2 .* FSDP1 and ZeRO-3 are not supported"):
+            use(model)
+
+
+def test_fsdp1_is_refused_by_its_name(tmp_path):
+    "PyTorch itself would end its backward with a state that it did not expect."
+    two_processes(wrapped_by_fsdp1, tmp_path/"store", tmp_path)
 
 
 @pytest.mark.parametrize("changes", [dict(logging_steps=1), dict(save_strategy="steps", save_steps=1), {}], ids=str)

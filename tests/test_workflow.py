@@ -201,12 +201,25 @@ def test_paper_asks_for_a_gpu_for_every_experiment():
     assert all(paper[e]["resources"]["gpu"] == 1 and paper[e]["seconds"] > 0 for e in EXPERIMENTS if e in paper)
 
 
-@pytest.mark.parametrize("given, seen", [(None, "0"), ("", ""), ("2", "2"), ("3,1", "3")])
-def test_a_run_sees_the_first_gpu_that_it_was_given(given, seen):
+@pytest.mark.parametrize("given, seen", [(None, ["0"] * 2), ("", [""] * 2), ("2", ["2"] * 2), ("3,1", ["3", "1", "3"])])
+def test_runs_take_turns_on_the_gpus_that_were_given(given, seen, tmp_path):
+    "Runs at the same time, and then one more, when the first has ended and its GPU is free."
+    (tmp_path / ".snakemake").mkdir()
     start = ast.literal_eval(re.search(r"PAPERMILL = (\(.*?\n\))", (FLOW / "Snakefile").read_text(), re.S)[1])
-    shell = start.partition("{PYTHON")[0].replace("{{", "{").replace("}}", "}") + "printenv CUDA_VISIBLE_DEVICES"
+    shell = start.partition("{PYTHON")[0].replace("{{", "{").replace("}}", "}") + "bash -c 'printenv CUDA_VISIBLE_DEVICES; read'"
     env = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"} | ({} if given is None else dict(CUDA_VISIBLE_DEVICES=given))
-    assert subprocess.run(["bash", "-euc", shell], env=env, capture_output=True, text=True).stdout == f"{seen}\n"
+
+    def begin():
+        runs.append(subprocess.Popen(["bash", "-euc", shell], env=env, cwd=tmp_path, text=True,
+                                     stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        return runs[-1].stdout.readline().strip()
+
+    runs = []
+    found = [begin(), begin()]
+    runs[0].communicate("\n")
+    if len(seen) == 3: found.append(begin())
+    for run in runs[1:]: run.communicate("\n")
+    assert found == seen
 
 
 @pytest.mark.parametrize("needs, together", [(400, True), (600, False)])

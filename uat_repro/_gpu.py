@@ -8,6 +8,8 @@ Docs: https://uat-repro.github.io/uat-repro/api/gpu.html.md"""
 __all__ = ['RESERVE', 'CONTEXT', 'on_gpu', 'gpu_mb']
 
 # %% ../nbs/api/17b_gpu.ipynb #17b-gpu-03
+import os
+
 from .results import catalogue
 
 # %% ../nbs/api/17b_gpu.ipynb #17b-gpu-05
@@ -23,13 +25,14 @@ CONTEXT = 6e8  # bytes of a CUDA context
 
 def gpu_mb(
     profile: dict,  # from `workflow.load_profile`
-) -> tuple[int, dict[str, int]] | None:  # MB of this machine's GPU and of a run of each model; None if none is used
+) -> tuple[int, dict[str, int]] | None:  # MB of all GPUs that are given and of a run of each model; None if none is used
     "What runs may share of the GPU. Raises where one does not fit alone."
     if not on_gpu(profile): return None
     import torch
     from uat_repro._plan import LENGTH, sizes_in, peak_bytes
     if not torch.cuda.is_available(): return None
-    total, needs = torch.cuda.get_device_properties(0).total_memory, {}
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0").count(",") + 1
+    total, needs = min(torch.cuda.get_device_properties(i).total_memory for i in range(gpus)), {}
     for model in profile["models"]:
         if (sizes := sizes_in(profile, model, LENGTH)) is None: continue
         need = max(peak_bytes(profile, model, bf16=True), 6 * sizes.parameters)
@@ -37,4 +40,6 @@ def gpu_mb(
             raise ValueError(f"a run of {model} needs {need / 1e9:.0f} GB of a GPU, and this one has "
                              f"{total / 1e9:.0f}: set a smaller micro_batch or checkpointing in the profile")
         needs[model] = int((RESERVE * need + CONTEXT) / 1e6)
-    return total // 10**6, needs
+    if gpus == 1 or not needs: return gpus * (total // 10**6), needs
+    most = max(needs.values())
+    return gpus * max(1, total // 10**6 // most) * most, dict.fromkeys(needs, most)

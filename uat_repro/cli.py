@@ -63,7 +63,7 @@ def reproduce(
     data_dir: DataDir = None,
     update: option(bool, "--update", help="Bring results of another configuration up to date.") = False,
     cluster: option(str | None, help="slurm, or the path of a Snakemake profile.") = None,
-    gpu_runs: option(int, min=1, help="Runs at once on this machine's GPU, fewer if its memory is full.") = 1,
+    gpu_runs: option(int, min=1, help="Runs at once on the GPUs of CUDA_VISIBLE_DEVICES, fewer if memory is full.") = 1,
 ):
     "Run what is missing, draw the figures, and compare the claims."
     from uat_repro._signals import Terminated, terminable

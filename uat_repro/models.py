@@ -70,10 +70,13 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         for m, mode in modes.items(): m.training = mode
 
 # %% ../nbs/api/02_models.ipynb #02-models-14
-_WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # names that wrappers use
+_WRAPPED = ("_orig_mod", "module", "_checkpoint_wrapped_module")  # names that wrappers use
+_DIVIDED = ("use DDP, or FSDP2 with reshard_after_forward=False (`fsdp_version: 2` for accelerate); "
+            "FSDP1 and ZeRO-3 are not supported")
 
 def unwrap(model: nn.Module) -> nn.Module:  # the model itself; its wrappers stay as they are
-    "The model below data parallelism, `torch.compile`, FSDP and DeepSpeed, in any order."
+    "The model below data parallelism, `torch.compile` and DeepSpeed, in any order. Raises where FSDP1 wraps it."
+    if "_fsdp_wrapped_module" in model._modules: raise ValueError(f"the model is wrapped by FSDP1: {_DIVIDED}")
     inner = next((model._modules[name] for name in _WRAPPED if name in model._modules), None)
     return model if inner is None else unwrap(inner)
 
@@ -154,8 +157,7 @@ def head_of(model: nn.Module) -> Head:  # shares storage with the model
     if not isinstance(out, nn.Linear):
         raise ValueError(f"the output layer is {type(out).__name__}, not a plain linear layer: keep it out of adapters")
     if hasattr(out.weight, "placements") or out.weight.dim() != 2 or not out.weight.numel():
-        raise ValueError("the output layer is divided among processes where it is read: use DDP, or FSDP2 with "
-                         "reshard_after_forward=False; FSDP1 and ZeRO-3 are not supported")
+        raise ValueError(f"the output layer is divided among processes where it is read: {_DIVIDED}")
     scale = read(family.multiplier, None) or 1 / (read(family.divisor, None) or 1)
     head = Head(out.weight, out.bias, read(family.softcap, None), scale)
     if not _once(partial(_same_logits, head), model):
