@@ -168,7 +168,9 @@ def test_what_is_altered_or_made_of_other_data_is_made_again(nbs, profile, tmp_p
     (run / "tokens.parquet").write_text("[")
     os.utime(run / "tokens.parquet")  # newer than all that it was made of
     said = go()
-    assert f"{run / 'tokens.parquet'} is altered: its run is repeated" in said and "uncertainty tiny-llama" in said and "prepare" not in said
+    assert f"{run / 'tokens.parquet'} is altered: it is made again" in said and "uncertainty tiny-llama" in said and "prepare" not in said
+    (work / "figures/fig2b.csv").write_text("nicer")
+    assert f"{work / 'figures/fig2b.csv'} is altered: it is made again" in go() and (work / "figures/fig2b.csv").read_text() == "[]"
     (work / "prepare/tiny-llama-sharegpt/result.json").unlink()  # below results that are there
     assert "prepare tiny-llama" in go()
     os.utime(data / "sharegpt.json")

@@ -25,7 +25,7 @@ CONTEXT = 6e8  # bytes of a CUDA context
 
 def gpu_mb(
     profile: dict,  # from `workflow.load_profile`
-) -> tuple[int, dict[str, int]] | None:  # MB of all GPUs that are given and of a run of each model; None if none is used
+) -> tuple[int, dict[str, int]] | None:  # MB of all GPUs that are given, and of a run of each model; None without one
     "What runs may share of the GPU. Raises where one does not fit alone."
     if not on_gpu(profile): return None
     import torch

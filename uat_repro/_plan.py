@@ -300,11 +300,13 @@ def _models(profile: dict, bf16: bool) -> Iterator[tuple]:
                f"{cache_bytes(profile, model) / 1e9:,.2f} GB")
 
 def _hours(profile: dict, grid: dict) -> str:
-    "The GPU hours of a profile whose runs ask for one."
+    "What the GPU hours of a profile are made of, whose runs ask for a GPU."
     works = [w for w in map(lambda m: work_of(profile, m), profile["models"]) if w]
-    rest = sum(s for e, (_, s) in grid.items() if e not in ("train", "uncertainty", "untrained", "figures"))
-    kinds = {k: sum(getattr(w, k) for w in works) for k in ("training", "benchmarks", "uncertainty")} | dict(rest=rest)
-    return ", ".join(f"{k} {s / 3600:,.1f}" for k, s in kinds.items()) + f"; together {sum(kinds.values()) / 3600:,.0f}"
+    counted = {k: sum(getattr(w, k) for w in works) for k in ("training", "benchmarks", "uncertainty")}
+    others = sum(s for e, (_, s) in grid.items() if e not in ("train", "uncertainty", "untrained", "figures"))
+    whole = sum(s for e, (_, s) in grid.items() if e != "figures")
+    kinds = counted | {"other experiments": others, "allowed for the rest": whole - others - sum(counted.values())}
+    return f"{whole / 3600:,.0f}: " + ", ".join(f"{k} {s / 3600:,.1f}" for k, s in kinds.items())
 
 # %% ../nbs/api/17c_plan.ipynb #17c-plan-41
 def plan_text(
@@ -322,9 +324,10 @@ def plan_text(
              "each record at its largest length"]
     if gpu: lines += [
         f"GPU hours: {_hours(conf, grid)}",
-        f"  assumed: an H100 at {SHARE:.0%} of {PEAK / 1e12:.0f} TFLOP/s in bfloat16, which small models do not reach;",
-        f"  {STEP:g} s a step of generation, responses of the longest length; the rest as the profile expects"]
-    return "\n".join([*lines, "not counted: loading, tables of the evaluation, the CUDA context, fragments of memory"])
+        f"  counted: the first three, on an H100 at {SHARE:.0%} of {PEAK / 1e12:.0f} TFLOP/s in bfloat16, which small models",
+        f"  do not reach, with {STEP:g} s a step of generation and responses of the longest length",
+        "  expected by the profile: other experiments; and the rest, for loading, small batches, evaluation in tables"]
+    return "\n".join([*lines, "not counted in the peak: the CUDA context, fragments of memory"])
 
 # %% ../nbs/api/17c_plan.ipynb #17c-plan-45
 def plan_numbers(

@@ -181,14 +181,17 @@ def verify(
     as_json: Json = False,
 ):
     "Say which results are missing, altered or stale; the exit status is 1 where some are."
-    from uat_repro._verify import altered
-    from uat_repro.results import result_files
-    runs = result_files(_open_results(workdir))
-    gone = [f for f in runs if not (workdir / f).exists()]
+    from uat_repro._verify import altered, altered_drawn
+    from uat_repro.results import catalogue, figures, result_files
+    profile = _open_results(workdir)
+    runs, drawn = result_files(profile), {name: catalogue()["figures"][name]["files"] for name in figures(profile)}
+    gone = [f for f in [*runs, *(f for files in drawn.values() for f in files)] if not (workdir / f).exists()]
     told = [f"{workdir / f} is missing" for f in gone]
     told += [fault for f in runs if f not in gone for fault in altered((workdir / f).parent)]
-    named = {f"notebooks/{Path(f).parent}.ipynb" for f in gone}
-    told += sorted(f"{run} is missing, or older than its code or data" for run in _stale(workdir, data_dir)
+    told += [f"{path} is altered" for path in altered_drawn(workdir)]
+    named = {f"notebooks/{Path(f).parent}.ipynb" for f in gone if f in runs}
+    named |= {f"notebooks/figures/{name}.ipynb" for name, files in drawn.items() if {*files} & {*gone}}
+    told += sorted(f"{run} is older than its code or data" for run in _stale(workdir, data_dir)
                    if run.notebook not in named)
     if as_json: print(json.dumps(dict(runs=len(runs), faults=told), indent=1))
     else: print(*told, f"{len(runs)} runs in {workdir}: {len(told)} faults", sep="\n")
