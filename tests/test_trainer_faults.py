@@ -128,6 +128,12 @@ def test_a_loss_function_gives_the_gradient_of_the_objective_or_refuses(tmp_path
         change(tmp_path, Objective(), per_device_train_batch_size=2, gradient_accumulation_steps=3)
 
 
+@pytest.mark.parametrize("asked", [dict(label_smoothing_factor=.1), dict(gradient_accumulation_steps=2)], ids=str)
+def test_a_loss_function_that_knows_the_arguments_refuses_at_once(asked, tmp_path):
+    with pytest.raises(ValueError, match=f"^{[*asked][0]} is {[*asked.values()][0]}"):
+        as_compute_loss_func(Objective(), arguments(tmp_path, **asked))
+
+
 def by_loss_function(rank, folder, out):
     found, _ = change(folder, Objective.preset("mle"), per_device_train_batch_size=3)
     with pytest.raises(ValueError, match=NO_DIVISOR):

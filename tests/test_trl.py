@@ -10,7 +10,7 @@ from test_training import two_processes
 from uat_repro.distillation import AdapterTeacher, FrozenTeacher
 from uat_repro.models import tiny_model, tiny_tokenizer
 from uat_repro.objective import Objective
-from uat_repro.tokens import Collator, encode_all
+from uat_repro.tokens import TEMPLATE_DATE, Collator, encode, encode_all
 from uat_repro.training import TokenLog, UncertaintyAwareTrainer
 
 trl = pytest.importorskip("trl", reason="TRL is an optional companion: pip install trl")
@@ -148,6 +148,20 @@ def test_a_text_has_the_tokens_that_trl_gives_it(tmp_path):
     theirs = trl.SFTTrainer(tiny_model(), args, train_dataset=Dataset.from_list(texts), processing_class=tokenizer)
     rows = encode_all(texts, tokenizer)
     assert [*rows["input_ids"]] == [*rows["labels"]] == [*theirs.train_dataset["input_ids"]]
+
+
+@pytest.mark.parametrize("layout", ["messages", "completion"])
+@pytest.mark.parametrize("write", ["{{ date_string }}", "{{ strftime_now('%d %b %Y') }}"])
+def test_what_trl_renders_has_the_same_date_tomorrow(write, layout, tmp_path):
+    "Llama-3.2's template writes the date of the day into every prompt."
+    dated = tiny_tokenizer()
+    dated.chat_template = f"{{%- if not date_string is defined %}}{{%- set date_string = 'today' %}}{{%- endif %}}{write}\n{dated.chat_template}"
+    user, answer = [dict(role="user", content="Hi")], [dict(role="assistant", content="Hello")]
+    row = dict(messages=user + answer) if layout == "messages" else dict(prompt=user, completion=answer)
+    trainer = UncertaintyAwareSFTTrainer(tiny_model(), trl.SFTConfig(**options(tmp_path, dict(bf16=False))), "mle",
+                                         train_dataset=Dataset.from_list([row] * 2), processing_class=dated)
+    found = trainer.train_dataset[0]["input_ids"]
+    assert dated.decode(found).startswith(TEMPLATE_DATE) and found == encode(dict(messages=user + answer), dated)["input_ids"][:len(found)]
 
 
 def test_a_step_is_one_forward(tmp_path):

@@ -333,6 +333,34 @@ def test_smoke_profile_draws_everything(tmp_path):
     assert p.returncode == 0 and "C8" in p.stdout
 
 
+def test_the_gpu_profile_runs_without_one_at_smoke_size(tmp_path):
+    "Its own switches (all layers, precision, benchmarks, followed tokens, kept states), on a tiny model and few records."
+    gpu = yaml.safe_load((FLOW / "profiles" / "gpu.yaml").read_text())
+    kept = {k: gpu[k] for k in ("prepare", "uncertainty", "untrained", "train", "regimes", "objectives", "figures")}
+    few = dict(kept, models={"tiny-llama": dict(spec="tiny-llama", layer=0)}, seeds=[0], objectives={"mle": {}, "masked_mle": {}})
+    few["datasets"] = {name: dict(how, max_length=900, counts=dict(train=8, validation=4, test=4), min_response=4) for name, how in gpu["datasets"].items()}
+    few["uncertainty"] |= dict(candidates=gpu["uncertainty"]["candidates"][:2], samples=4, datasets=["gsm8k"])
+    small = dict(tasks=["gsm8k"], limit=2, max_new_tokens=4, batch_size=2)
+    few["untrained"] |= dict(models=["tiny-llama"], benchmarks=small)
+    few["train"] |= dict(batch_size=4, samples=4, grid=[dict(datasets=["gsm8k"], regimes=[r], objectives=["masked_mle"]) for r in gpu["regimes"]])
+    for block in few["train"]["where"]:
+        if "benchmarks" in block: block.update(models=["tiny-llama"], benchmarks=small)
+    few["regimes"] = {name: dict(how, documents=4, epochs=min(2, how["epochs"]), seeds=[0]) for name, how in gpu["regimes"].items()}
+    few["figures"] = {k: v for k, v in gpu["figures"].items() if k not in ("fig2a", "e11")}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(few))
+    sums = [(f"What is {i} + {i}?", f"{i} + {i} = {2 * i}\n#### {2 * i}") for i in range(120)]
+    problems = [dict(question=q, answer=a) for q, a in sums]
+    files = dict(gsm8k_train=problems[:90], gsm8k_test=problems[90:], alpaca=[dict(instruction=q, input="", output=a) for q, a in sums],
+                 sharegpt=[dict(id=str(i), conversations=[{"from": "human", "value": q}, {"from": "gpt", "value": a}]) for i, (q, a) in enumerate(sums)])
+    (tmp_path / "data").mkdir()
+    for name, records in files.items():
+        ending, text = ("jsonl", "\n".join(map(json.dumps, records))) if "gsm8k" in name else ("json", json.dumps(records))
+        (tmp_path / "data" / f"{name}.{ending}").write_text(text)
+    assert reproduce(str(tmp_path / "small.yaml"), only="t1", workdir=tmp_path / "results", data_dir=tmp_path / "data", notebooks=ROOT / "nbs") == 0
+    lines = (tmp_path / "results/figures/t1.md").read_text().splitlines()[2:]
+    assert len(lines) >= 3 and sum("one pass" in line for line in lines) == 1 == sum("repeated" in line for line in lines)
+
+
 @pytest.mark.parametrize("package", ["snakemake", "papermill", "ipykernel"])
 def test_a_package_of_the_workflow_that_is_missing_is_one_line(package, monkeypatch):
     monkeypatch.setattr(workflow, "find_spec", lambda name: None if name == package else name)

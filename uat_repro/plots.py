@@ -46,7 +46,7 @@ OBJECTIVES = dict(
 
 # %% ../nbs/api/16_plots.ipynb #16-plots-09
 LABELS = {name: how.label for name, how in OBJECTIVES.items()} | {
-    "smollm2-135m": "SmolLM2-135M", "gemma-3-270m": "Gemma 3 270M", "qwen2.5-coder-0.5b": "Qwen2.5-Coder 0.5B",
+    "smollm2-135m": "SmolLM2-135M", "gemma-3-270m": "Gemma 3 270M (base)", "qwen2.5-coder-0.5b": "Qwen2.5-Coder 0.5B",
     "qwen2.5-coder-1.5b": "Qwen2.5-Coder 1.5B"} | dict(
     alpaca="Alpaca", gsm8k="GSM8K", gsm_symbolic="GSM-Symbolic", sharegpt="ShareGPT", id="ID", ood="OOD",
     one_pass="one pass", repeated="repeated passes", last="last checkpoint", best="best checkpoint",
