@@ -30,10 +30,11 @@ def allocated(train) -> int:
     return int(held.max())
 
 
-@pytest.mark.parametrize("tied, batch, accumulate, checkpointing, teacher", [
-    (True, 1, 1, False, ""), (False, 1, 1, False, ""), (True, 16, 1, False, ""), (False, 16, 1, True, ""),
-    (True, 4, 2, False, ""), (True, 1, 1, False, "model")])
-def test_the_model_of_memory_is_near_what_is_allocated(tied, batch, accumulate, checkpointing, teacher, tmp_path):
+@pytest.mark.parametrize("tied, batch, accumulate, checkpointing, teacher, bf16", [
+    (True, 1, 1, False, "", False), (False, 1, 1, False, "", False), (True, 16, 1, False, "", False),
+    (False, 16, 1, True, "", False), (True, 4, 2, False, "", False), (True, 1, 1, False, "model", False),
+    (True, 1, 1, False, "", True), (False, 16, 1, False, "", True), (False, 16, 1, True, "", True)])
+def test_the_model_of_memory_is_near_what_is_allocated(tied, batch, accumulate, checkpointing, teacher, bf16, tmp_path):
     config = AutoConfig.for_model(**SMALL, tie_word_embeddings=tied)
     config.save_pretrained(tmp_path)
     ids = torch.randint(3, 4000, (2 * batch * accumulate, LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
@@ -42,12 +43,13 @@ def test_the_model_of_memory_is_near_what_is_allocated(tied, batch, accumulate, 
     def train():
         model = AutoModelForCausalLM.from_config(config)
         goal = Objective.preset("combined" if teacher else "mle")
-        train_in_memory(model, goal, rows, tiny_tokenizer(), 0, teacher=FrozenTeacher(model) if teacher else None,
+        train_in_memory(model, goal, rows, tiny_tokenizer(), 0, "bfloat16" if bf16 else "float32",
+                        FrozenTeacher(model) if teacher else None,
                         max_steps=2, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
                         activation_checkpointing=checkpointing)
 
-    expected = training_bytes(sizes_of(str(tmp_path), 0, LENGTH), batch * LENGTH, accumulate > 1, checkpointing,
-                              teacher=teacher, slice_logits=SLICE_LOGITS)
+    expected = training_bytes(sizes_of(str(tmp_path), 0, LENGTH), batch * LENGTH, accumulate > 1, checkpointing, bf16,
+                              teacher, slice_logits=SLICE_LOGITS)
     print(f"expected {expected / 1e6:.1f} MB")
     found = allocated(train)
     print(f"allocated {found / 1e6:.1f} MB, ratio {expected / found:.3f}")

@@ -168,6 +168,7 @@ def test_a_step_is_one_forward(tmp_path):
     "And the token log works where batches have ids."
     log, calls = TokenLog(tmp_path/"tokens.parquet", [0], tokenizer), []
     args = trl.SFTConfig(**options(tmp_path, dict(bf16=False, gradient_checkpointing=False, **WHOLE)))
+    ours(tmp_path, "mle", max_steps=1)  # the first forward of a model of this kind is tried out
     trainer = UncertaintyAwareSFTTrainer(tiny_model(), args, token_log=log, train_dataset=ROWS,
                                          processing_class=tokenizer, data_collator=Collator(tokenizer))
     trainer.model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))

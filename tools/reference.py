@@ -18,7 +18,7 @@ def keep(results: Path, reference: Path) -> None:
     if (results / "figures").exists(): shutil.copytree(results / "figures", reference / "figures")
     for file in (f for name in ("profile.json", "manifest.json", "gpu_check.*") for f in results.glob(name)):
         shutil.copy(file, reference)
-    write_claims(judge_folder(results), reference, label)
+    if judged := judge_folder(results): write_claims(judged, reference, label)  # a run without trainings has none
     for name, table in gather(results).items():  # of all runs, one below the other
         numbers = [column for column in table if table[column].dtype.kind == "f"]
         table.to_parquet(reference / f"{name}.parquet", index=False, compression="zstd", use_byte_stream_split=numbers,

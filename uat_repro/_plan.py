@@ -80,16 +80,18 @@ class Sizes(NamedTuple):
     forward: float  # operations of a token
     both: float  # the same, forward and backward
     kept: float  # bytes of a token that a forward keeps for its backward
+    kept_bf16: float  # the same under autocast to bfloat16
 
 # %% ../nbs/api/17c_plan.ipynb #17c-plan-12
-def _kept(model, inputs: dict) -> int:
+def _kept(model, inputs: dict, bf16: bool) -> int:
     "Bytes that a forward of the decoder keeps for its backward, weights not counted."
     own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
     def pack(tensor):
         storage = tensor.untyped_storage()
         kept[storage._cdata] = storage
         return tensor
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor): model.get_decoder()(**inputs)
+    with (torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+          torch.autocast("cpu", torch.bfloat16, enabled=bf16)): model.get_decoder()(**inputs)
     return sum(s.nbytes() for key, s in kept.items() if key not in own)
 
 def _count(model, inputs: dict) -> tuple[int, int]:
@@ -114,11 +116,14 @@ def sizes_of(
             model = split_layers(whole, layer)[1]
             for part in (model.get_input_embeddings(), model.get_output_embeddings()): part.requires_grad_(False)
             inputs = dict(inputs_embeds=torch.zeros(1, length, config.hidden_size), use_cache=False)
-        kept, (forward, both) = _kept(model, inputs), _count(model, inputs)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        one = {k: x[:, :1] if torch.is_tensor(x) else x for k, x in inputs.items()}
+        # beyond those of one token, for autocast also keeps copies of weights
+        kept, kept_bf16 = (_kept(model, inputs, bf16) - _kept(model, one, bf16) for bf16 in (False, True))
+        (forward, both), trained = _count(model, inputs), sum(p.numel() for p in model.parameters() if p.requires_grad)
         tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight and not layer
     return Sizes(sum(p.numel() for p in whole.parameters()), trained, config.hidden_size, config.vocab_size,
-                 model.config.num_hidden_layers, tied, forward / length, both / length, kept / length)
+                 model.config.num_hidden_layers, tied, forward / length, both / length, kept / length,
+                 kept_bf16 / length)
 
 # %% ../nbs/api/17c_plan.ipynb #17c-plan-18
 def training_bytes(
@@ -136,8 +141,8 @@ def training_bytes(
     states, trained_head = 4 * tokens * s.hidden, head * (s.trained > s.parameters / 2)  # 0 where it is frozen
     held += dict(head=trained_head + states, model=4 * s.parameters).get(teacher, 0)
     logits = 3 * 4 * min(tokens * s.vocab, max(slice_logits, 256 * tokens))
-    one_layer = s.kept * tokens / s.layers  # computed again after the logits are gone
-    kept = s.layers * states + max(logits, one_layer) if checkpointing else s.kept * tokens + logits
+    activations = (s.kept_bf16 if bf16 else s.kept) * tokens  # with checkpointing, those of a layer at a time
+    kept = s.layers * states + max(logits, activations / s.layers) if checkpointing else activations + logits
     turn = kept + 2 * states + trained_head + 4 * s.trained * accumulated
     end = 4 * s.trained + head * s.tied * (1 + accumulated)
     return held + max(turn, end)
