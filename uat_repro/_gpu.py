@@ -31,7 +31,9 @@ def gpu_mb(
     import torch
     from uat_repro._plan import LENGTH, sizes_in, peak_bytes
     if not torch.cuda.is_available(): return None
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0").count(",") + 1
+    gpus = len((given := os.environ.get("CUDA_VISIBLE_DEVICES", "0")).split(","))
+    if gpus > (found := torch.cuda.device_count()):
+        raise ValueError(f"CUDA_VISIBLE_DEVICES is {given!r}, of which {found} can be used: name those")
     total, needs = min(torch.cuda.get_device_properties(i).total_memory for i in range(gpus)), {}
     for model in profile["models"]:
         if (sizes := sizes_in(profile, model, LENGTH)) is None: continue

@@ -309,9 +309,9 @@ def _hours(profile: dict, grid: dict) -> str:
     works = [w for w in map(lambda m: work_of(profile, m), profile["models"]) if w]
     counted = {k: sum(getattr(w, k) for w in works) for k in ("training", "benchmarks", "uncertainty")}
     others = sum(s for e, (_, s) in grid.items() if e not in ("train", "uncertainty", "untrained", "figures"))
-    whole = sum(s for e, (_, s) in grid.items() if e != "figures")
-    kinds = counted | {"other experiments": others, "allowed for the rest": whole - others - sum(counted.values())}
-    return f"{whole / 3600:,.0f}: " + ", ".join(f"{k} {s / 3600:,.1f}" for k, s in kinds.items())
+    rest = sum(s for e, (_, s) in grid.items() if e != "figures") - others - sum(counted.values())
+    kinds = counted | {"other experiments": others, "allowed for the rest": max(0.0, rest)}
+    return f"{sum(kinds.values()) / 3600:,.0f}: " + ", ".join(f"{k} {s / 3600:,.1f}" for k, s in kinds.items())
 
 # %% ../nbs/api/17c_plan.ipynb #17c-plan-41
 def plan_text(

@@ -34,6 +34,7 @@ _FIXED_NOW = "".join(["{% macro strftime_now(form) %}{{ form", *(
 def fix_date(template: str) -> str:
     "A chat template that writes `TEMPLATE_DATE` where it would write today's, unless it is given a `date_string`."
     default = f"{{% if date_string is not defined %}}{{% set date_string = '{TEMPLATE_DATE}' %}}{{% endif %}}"
+    if template.startswith(default): return template
     return default + (_FIXED_NOW if "strftime_now" in template else "") + template
 
 def with_fixed_date(tokenizer) -> dict:  # arguments of `apply_chat_template`

@@ -186,14 +186,16 @@ def verify(
     profile = _open_results(workdir)
     runs, drawn = result_files(profile), {name: catalogue()["figures"][name]["files"] for name in figures(profile)}
     gone = [f for f in [*runs, *(f for files in drawn.values() for f in files)] if not (workdir / f).exists()]
-    told = [f"{workdir / f} is missing" for f in gone]
-    told += [fault for f in runs if f not in gone for fault in altered((workdir / f).parent)]
-    told += [f"{path} is altered" for path in altered_drawn(workdir)]
     named = {f"notebooks/{Path(f).parent}.ipynb" for f in gone if f in runs}
     named |= {f"notebooks/figures/{name}.ipynb" for name, files in drawn.items() if {*files} & {*gone}}
-    told += sorted(f"{run} is older than its code or data" for run in _stale(workdir, data_dir)
-                   if run.notebook not in named)
-    if as_json: print(json.dumps(dict(runs=len(runs), faults=told), indent=1))
+    kinds = dict(
+        missing=[f"{workdir / f} is missing" for f in gone],
+        altered=[fault for f in runs if f not in gone for fault in altered((workdir / f).parent)]
+        + [f"{path} is altered" for name in drawn for path in altered_drawn(workdir, name)],
+        stale=sorted(f"{run} is stale: its code, its data, or what it reads is newer or missing"
+                     for run in _stale(workdir, data_dir) if run.notebook not in named))
+    told = [fault for kind in kinds.values() for fault in kind]
+    if as_json: print(json.dumps(dict(runs=len(runs), faults=told) | kinds, indent=1))
     else: print(*told, f"{len(runs)} runs in {workdir}: {len(told)} faults", sep="\n")
     raise typer.Exit(1 if told else 0)
 

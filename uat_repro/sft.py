@@ -40,6 +40,7 @@ class UncertaintyAwareSFTTrainer(ObjectiveMixin, SFTTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, *args, **kwargs):
         "TRL's, by a chat template that writes the same date tomorrow."
-        template = self.chat_template or getattr(processing_class, "chat_template", None)
-        if isinstance(template, str): self.chat_template = fix_date(template)
+        if getattr(processing_class, "chat_template", None):
+            own = getattr(self, "chat_template", None)  # with marks of what is learned, where TRL has one
+            self.chat_template = fix_date(own or processing_class.get_chat_template())
         return super()._prepare_dataset(dataset, processing_class, *args, **kwargs)

@@ -23,7 +23,7 @@ from ._arguments import read_sections
 from ._files import files_of
 from ._gpu import gpu_mb
 from ._signals import Terminated, end_family, follow_parent
-from ._verify import discard_altered, keep_drawn
+from ._verify import discard_altered
 from .results import (AXES, catalogue, check_disk, claim_folder, cost, figures, inside, locked, manifest,
                                notebooks_folder, traceback_of, write_json)
 
@@ -278,7 +278,6 @@ def _make(profile: dict, workdir: Path, command: list[str], cores: int, lock: in
     if status: _failures(workdir, failed, error); return 1
     made_with = manifest(profile["seeds"], profile=profile["profile"], runs=len(runs), cores=cores)
     write_json(workdir / "manifest.json", made_with | cost(began))
-    keep_drawn(workdir)
     return 0
 
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-62
@@ -330,7 +329,8 @@ def reproduce(
     if update: _plan_for(conf, workdir, **how)  # a plan that fails must not change the folder
     claim_folder(workdir, conf, update)
     with locked(workdir) as lock:
-        for told in discard_altered(workdir, conf): print(f"{told}: it is made again", flush=True)
+        drawn = [f for f in figures(conf) if not only or f in targets]
+        for told in discard_altered(workdir, conf, drawn): print(f"{told}: it is made again", flush=True)
         status = _make(conf, workdir, snakemake_command(workdir, **how), cores, lock)
     if not status: _show_claims(workdir, notebooks.parent / "reference" / conf["profile"], label)
     return status
