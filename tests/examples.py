@@ -1,4 +1,7 @@
-"""Small batches and naive references shared by the tests."""
+"""Small batches, naive references and the code of notebooks, shared by the tests."""
+import json
+from pathlib import Path
+
 import torch
 
 from uat_repro.models import tiny_tokenizer
@@ -6,6 +9,7 @@ from uat_repro.models import tiny_tokenizer
 PAIRS = [("a", "ragged lengths"), ("bc", "x"), ("d", "a much longer response than all the others"), ("e", "middle"),
          ("question?", "yes"), ("f", "no, never")]
 tokenizer = tiny_tokenizer()
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def rows(pairs=PAIRS):
@@ -24,3 +28,10 @@ def logits_of(model, batch):
 
 def flat_grad(model):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def code(name: str, tag: str = "") -> str:
+    "The code of an experiment notebook, or of its cells with a tag."
+    cells = json.loads((ROOT/f"nbs/experiments/{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    return "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code"
+                     and (tag in c["metadata"].get("tags", []) if tag else not c["metadata"].get("tags")))

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset
 from transformers import TrainingArguments
 
-from examples import rows, tokenizer
+from examples import code, rows, tokenizer
 from pretend import DEVICE, WAITS, Pretending, There, move
 from uat_repro import (AdapterTeacher, CachedTeacher, Collator, Ensemble, FrozenTeacher, HiddenCache, MCDropout, Objective,
                        TokenLog, add_lora, head_of)
@@ -28,7 +28,6 @@ from uat_repro.models import Head, split_layers, tiny_model, weights_hash
 from uat_repro.objective import PRESETS
 from uat_repro.uncertainty import choose_posterior, score_tokens
 
-ROOT = Path(__file__).resolve().parents[1]
 ROWS = rows()
 BATCH = dict(Collator(tokenizer)(ROWS))
 CASES = {}
@@ -61,13 +60,6 @@ def accelerated(device):
     state["device"], Accelerator.__init__ = device, start
     try: yield
     finally: state["device"], Accelerator.__init__, TrainingArguments.device = before, begin, found
-
-
-def code(name, tag=""):
-    "The code of an experiment notebook, or of its cells with a tag."
-    cells = json.loads((ROOT/f"nbs/experiments/{name}.ipynb").read_text(encoding="utf-8"))["cells"]
-    return "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code"
-                     and (tag in c["metadata"].get("tags", []) if tag else not c["metadata"].get("tags")))
 
 
 def notebook(name, **parameters):

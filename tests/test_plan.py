@@ -1,11 +1,11 @@
 "The plan of a profile: its model of memory against the bytes that PyTorch allocates, and what it says."
 import gc, json
-from pathlib import Path
 
 import pytest, torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from examples import code
 from uat_repro import head
 from uat_repro._plan import peak_bytes, plan_text, sizes_of, training_bytes
 from uat_repro.distillation import FrozenTeacher
@@ -15,7 +15,6 @@ from uat_repro.objective import Objective
 from uat_repro.training import train_in_memory
 from uat_repro.workflow import FLOW, load_profile
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(model_type="llama", hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
              num_key_value_heads=2, vocab_size=4000, max_position_embeddings=512, pad_token_id=0)
 LENGTH = 64
@@ -54,13 +53,6 @@ def test_the_model_of_memory_is_near_what_is_allocated(tied, batch, accumulate, 
     found = allocated(train)
     print(f"allocated {found / 1e6:.1f} MB, ratio {expected / found:.3f}")
     assert expected == pytest.approx(found, rel=.15)
-
-
-def code(name: str, tag: str = "") -> str:
-    "The code of an experiment notebook, or of its cells with a tag."
-    cells = json.loads((ROOT/f"nbs/experiments/{name}.ipynb").read_text(encoding="utf-8"))["cells"]
-    return "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code"
-                     and (tag in c["metadata"].get("tags", []) if tag else not c["metadata"].get("tags")))
 
 
 def test_steps_on_subsets_take_no_more_than_is_planned(tmp_path, monkeypatch):

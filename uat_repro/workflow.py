@@ -319,7 +319,7 @@ def reproduce(
     "Run what is missing, draw the figures, and compare the claims."
     notebooks, data_dir = Path(notebooks or notebooks_folder()), data_dir or os.environ.get("UAT_REPRO_DATA_DIR")
     conf, targets = load_profile(profile, data_dir), [only] if isinstance(only, str) else list(only or [])
-    for figure in targets: _check_figure(figure, conf)
+    for figure in (drawn := [*targets]): _check_figure(figure, conf)
     workdir = Path(workdir or ("results" if conf["profile"] == "cpu" else f"results-{conf['profile']}"))
     how: dict = dict(notebooks=notebooks, targets=targets, cores=cores, data_dir=data_dir, cluster=cluster,
                      gpu_runs=gpu_runs, gpu_mb=None if cluster else gpu_mb(conf))
@@ -329,8 +329,7 @@ def reproduce(
     if update: _plan_for(conf, workdir, **how)  # a plan that fails must not change the folder
     claim_folder(workdir, conf, update)
     with locked(workdir) as lock:
-        drawn = [f for f in figures(conf) if not only or f in targets]
-        for told in discard_altered(workdir, conf, drawn): print(f"{told}: it is made again", flush=True)
+        for why in discard_altered(workdir, conf, drawn or figures(conf)): print(f"{why}: it is made again", flush=True)
         status = _make(conf, workdir, snakemake_command(workdir, **how), cores, lock)
     if not status: _show_claims(workdir, notebooks.parent / "reference" / conf["profile"], label)
     return status
