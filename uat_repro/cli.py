@@ -158,11 +158,10 @@ def status(
     profile = _open_results(workdir)
     todo = _stale(workdir, data_dir)
     states = {run: state_of(workdir, run.notebook) for run in todo}
-    took: dict[str, list[float]] = {}
-    for cost in workdir.glob("*/*/cost.json"):
-        took.setdefault(cost.parts[-3], []).append(read_json(cost)["wall_seconds"])
-    here = {name: profile[name] | dict(seconds=sum(s) / len(s)) for name, s in took.items() if name in profile}
-    spent = sum(map(sum, took.values()))
+    costs = [(file.parts[-3], read_json(file)) for file in workdir.glob("*/*/cost.json")]
+    took = {name: [c["wall_seconds"] for of, c in costs if of == name and not c["resumed"]] for name, _ in costs}
+    here = {name: profile[name] | dict(seconds=sum(s) / len(s)) for name, s in took.items() if s and name in profile}
+    spent, least = sum(c["wall_seconds"] for _, c in costs), "at least " * any(c["resumed"] for _, c in costs)
     done = len(result_files(profile)) + len(figures(profile)) - len(todo)
     left = Progress(todo, profile | here, cores).left(0) if todo else 0
     if as_json: return print(json.dumps(dict(
@@ -170,7 +169,7 @@ def status(
     for run, state in states.items():
         if state != "to come": print(f"{state:8} {run}")
     counts = ", ".join(f"{n} {state}" for state, n in Counter(states.values()).items())
-    print(f"{done} runs and figures done in {about(spent)} of one core" +
+    print(f"{done} runs and figures done in {least}{about(spent)} of one core" +
           (f"; {counts}, about {about(left)} on {cores} cores" if todo else ""))
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-22
