@@ -46,7 +46,7 @@ def test_pages_quote_what_the_tables_say():
     told = "".join(path.read_text(encoding="utf-8") for path in tables)
     for run in (ROOT / "reference").glob("*/runs/why_*.json"):
         effects = json.loads(run.read_text(encoding="utf-8"))["effects"]
-        told += "".join(f"{Effect(**{f.name: e[f.name] for f in fields(Effect)})}\n" for e in effects)
+        told += "".join(f"{Effect(**{f.name: e[f.name] for f in fields(Effect) if f.name in e})}\n" for e in effects)
     quotable = ("fig2c", "fig5", "e7", "e8", "e9", "e12*", "e13_matched", "e14_coefficient", "e15")
     for path in (p for folder in REFERENCES for name in quotable for p in folder.glob(f"figures/{name}.csv")):
         told += "".join(f"{Effect(*row)}\n" for row in pd.read_csv(path)[["estimate", "low", "high"]].to_numpy())

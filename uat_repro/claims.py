@@ -232,8 +232,8 @@ def _long_line(j: Judged, f: Finding, label: Callable) -> list:
             short(e.p, 2), short(detectable(e), 2), f.verdict]
 
 # %% ../nbs/api/13_claims.ipynb #13-claims-46
-_RULE = f"""*Intervals are over seeds and records (or templates, or runs), simultaneous at {LEVEL:.0%} over all effects
-of the table (Holm). Supported: the whole interval lies on the expected side; contradicted: on the other; negligible is
+_RULE = f"""*Intervals are over seeds and records (or templates, or runs), at Holm's levels: the sides of all effects
+of the table hold together at {LEVEL:.0%}. Supported: the whole interval lies on the expected side; contradicted: on the other; negligible is
 added where it lies inside the margin (0.02 nats per token, 2 points of accuracy). No effect: the {EQUIVALENCE:.0%}
 interval, not corrected, lies inside the margin. Undecided: all else; the data could not tell. Detectable: the smallest
 true effect that such a design finds four times out of five at its level. Not judged: one seed, or an error of zero.*"""
@@ -292,8 +292,8 @@ def write_claims(
 # %% ../nbs/api/13_claims.ipynb #13-claims-53
 def _effect(numbers: Mapping) -> Effect:
     "An effect from its JSON."
-    plain: dict = {k: tuple(v) if isinstance(v, list) else nan if v is None else v for k, v in numbers.items()}
-    effect = Effect(**plain)
+    def plain(v): return tuple(map(plain, v)) if isinstance(v, list) else nan if v is None else v
+    effect = Effect(**{name: plain(v) for name, v in numbers.items()})
     return effect.at(effect.level) if effect.ratio else effect
 
 def _judged(record: Mapping) -> Judged:

@@ -6,9 +6,9 @@ Docs: https://uat-repro.github.io/uat-repro/api/effects.html.md"""
 
 # %% auto #0
 __all__ = ['LEVEL', 'EQUIVALENCE', 'MARGINS', 'MEASURES', 'RUN', 'SETTING', 'VERDICTS', 'CAUTION', 'ENOUGH', 'Effect',
-           'with_interval', 'detectable', 'Measured', 'mean_squares', 'variance_of_mean', 'crossed_effect',
-           'paired_effect', 'mean_effect', 'share_effect', 'arm_gain', 'gains', 'shares', 'common_seeds',
-           'simultaneous', 'effects_frame', 'verdict', 'in_words', 'sample_note']
+           'with_interval', 'detectable', 'Measured', 'crossed_effect', 'paired_effect', 'mean_effect', 'share_effect',
+           'arm_gain', 'gains', 'shares', 'common_seeds', 'simultaneous', 'effects_frame', 'verdict', 'in_words',
+           'sample_note']
 
 # %% ../nbs/api/12_effects.ipynb #12-effects-03
 import math
@@ -20,6 +20,8 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import brentq
 from scipy.special import stdtr, stdtrit  # Student's t: distribution and quantiles
+
+from ._variance import mean_squares, parts, variance_of_mean
 
 LEVEL = 0.95  # coverage of an interval that is judged alone
 EQUIVALENCE = 0.90  # coverage of the interval that has to lie inside the margin (two one-sided tests at 5%)
@@ -41,12 +43,16 @@ class Effect:
     null: float = 0.0  # the value that would mean "no effect"
     p: float = math.nan  # two-sided p value of the distance from `null`
     error: float = math.nan  # standard error
-    df: float = math.nan  # degrees of freedom of the standard error
+    df: float = math.nan  # degrees of freedom of the standard error; of several parts their harmonic mean
+    parts: tuple[tuple[float, float], ...] = ()  # of several parts: share of the variance, and degrees of freedom
     ratio: tuple[float, ...] = ()  # for a ratio of two means: what its interval is computed from
+
+    def quantile(self, p: float) -> float:  # of the distance between estimate and truth, in standard errors
+        return float(sum(share * stdtrit(df, p) for share, df in self.parts or ((1, self.df),)))
 
     def interval(self, level: float) -> tuple[float, float]:  # ends of the interval of that coverage
         if self.ratio: return _fieller(self.ratio, level)
-        half = float(stdtrit(self.df, .5 + level / 2)) * self.error
+        half = self.quantile(.5 + level / 2) * self.error
         return self.estimate - half, self.estimate + half
 
     def at(self, level: float) -> "Effect":  # the same effect with the interval of that coverage
@@ -63,23 +69,32 @@ def _in_digits(estimate: float, low: float, high: float) -> str:
     while n < 4 and any(end and not round(end, n) for end in (low, high)): n += 1  # an end that is not zero shows it
     return f"{estimate:z.{n}f} [{low:z.{n}f}, {high:z.{n}f}]"
 
+def _p_value(effect: Effect) -> float:
+    "One less the coverage of the interval that ends at `null`."
+    t = abs(effect.estimate - effect.null) / effect.error
+    ends = [2 * float(stdtr(df, -t)) for _, df in effect.parts or ((1, effect.df),)]
+    if not 1e-300 < min(ends) < max(ends): return max(ends)
+    beyond = lambda log_p: effect.quantile(math.exp(log_p) / 2) + t
+    return math.exp(brentq(beyond, math.log(min(ends)) - 1e-6, math.log(max(ends)) + 1e-6))
+
 def with_interval(
     estimate: float,  # mean difference, correlation or overlap
     error: float,  # its standard error
-    df: float,  # degrees of freedom of the standard error
+    df: float | tuple[tuple[float, float], ...],  # degrees of freedom of the standard error, or its `parts`
     null: float = 0.0,  # value that the p value is computed against
     **more,  # further fields of `Effect`
 ) -> Effect:
     "An effect with its t interval and its p value; an error of zero says nothing, and gives no interval."
-    error = error or math.nan
-    p = float(2 * stdtr(df, -abs(estimate - null) / error))
-    return Effect(float(estimate), null=null, p=p, error=float(error), df=float(df), **more).at(LEVEL)
+    shares = df if isinstance(df, tuple) else ()
+    number = 1 / sum(share / of for share, of in shares) if shares else float(df)
+    effect = Effect(float(estimate), null=null, error=float(error or math.nan), df=number, parts=shares, **more)
+    return replace(effect, p=_p_value(effect)).at(LEVEL)
 
 def detectable(
     effect: Effect,  # at the level at which it is judged
 ) -> float:  # in the unit of the estimate
     "The smallest true distance from `null` that such a design finds four times out of five."
-    return float(stdtrit(effect.df, .5 + effect.level / 2) + stdtrit(effect.df, .8)) * effect.error
+    return (effect.quantile(.5 + effect.level / 2) + effect.quantile(.8)) * effect.error
 
 # %% ../nbs/api/12_effects.ipynb #12-effects-11
 MARGINS = dict.fromkeys(("nats", "share of tokens", "share of problems", "share"), .02)  # by unit, of performance
@@ -97,48 +112,27 @@ MEASURES = {**dict.fromkeys(_LOSSES, Measured("nats", "lower", MARGINS["nats"]))
             **dict.fromkeys(("entropy", "total", "aleatoric", "epistemic"), Measured("nats", "lower")),
             "gain": Measured("nats", "higher"), "share": Measured("share of the uncertainty", "lower")}
 
-# %% ../nbs/api/12_effects.ipynb #12-effects-14
-def mean_squares(
-    a: np.ndarray,  # (..., S, R) a value for each seed and record
-    b: np.ndarray | None = None,  # a second table, for mean products; `a` itself if None
-) -> np.ndarray:  # (3, ...) of seeds, of records, and of what is left
-    "Mean squares (or products) of a balanced two-way table."
-    (seeds, records), parts = a.shape[-2:], []
-    for d in (a, a if b is None else b):
-        mean, by_seed, by_record = (d.mean(axis, keepdims=True) for axis in ((-2, -1), -1, -2))
-        parts.append((by_seed - mean, by_record - mean, d - by_seed - by_record + mean))
-    s, r = max(1, seeds - 1), max(1, records - 1)
-    return np.stack([(x * y).sum((-2, -1)) * n for x, y, n in zip(*parts, (records / s, seeds / r, 1 / (s * r)))])
-
-# %% ../nbs/api/12_effects.ipynb #12-effects-15
-def variance_of_mean(
-    squares: np.ndarray,  # (3, ...) from `mean_squares`
-    seeds: int,  # rows of the table
-    records: int,  # columns of the table
-) -> tuple[np.ndarray, np.ndarray]:  # variance of the grand mean, and its degrees of freedom
-    "Crossed random effects of seeds and records, components floored at zero (Satterthwaite 1946)."
-    (of_seeds, of_records, left), s, r = squares, seeds - 1, records - 1
-    larger, both = np.maximum(of_seeds, of_records), of_seeds + of_records - left
-    floored = np.minimum(of_seeds, of_records) <= left
-    with np.errstate(all="ignore"): df = both**2 / (of_seeds**2 / s + of_records**2 / r + left**2 / (s * r))
-    df = np.where(floored, np.where(of_seeds > of_records, s, r), df)
-    return np.where(floored, larger, both) / (seeds * records), df
-
 # %% ../nbs/api/12_effects.ipynb #12-effects-19
+def _means(table: pd.DataFrame, clusters: Mapping | None) -> np.ndarray:  # (S, R)
+    "The means of clusters, a row for each seed."
+    if clusters is None: return table.to_numpy()
+    if (lost := (of := table.columns.map(clusters)).isna().sum()):
+        raise ValueError(f"{lost} of {len(of)} records have no cluster; give one for each record, or none at all")
+    return table.T.groupby(of).mean().to_numpy().T
+
 def crossed_effect(
     differences: pd.DataFrame,  # a row for each seed, a column for each record
     clusters: Mapping | None = None,  # cluster of each record; each its own if None
     trained: bool = True,  # whether the rows are training runs
     **about,  # unit and margin of the effect
 ) -> Effect:  # the mean
-    "Mean over seeds and records with a t interval for both; a record without a value in some seed is left out."
+    "Mean over seeds and clusters with a t interval for both; a record without a value in some seed is left out."
     kept = differences.dropna(axis=1)
-    groups = kept.columns if clusters is None else kept.columns.map(clusters)
-    means = kept.T.groupby(groups).mean().to_numpy().T  # (S, R)
-    variance, df = variance_of_mean(mean_squares(means), *means.shape)
+    means = _means(kept, clusters)  # (S, R)
+    variance, share = variance_of_mean(mean_squares(means), *means.shape)
     per_seed = tuple(map(float, means.mean(1))) if trained else ()
     counts = dict(seeds=len(per_seed), records=kept.shape[1], clusters=means.shape[1])
-    return with_interval(means.mean(), variance**.5, df, **counts, per_seed=per_seed, **about)
+    return with_interval(means.mean(), variance**.5, parts(share, *means.shape), **counts, per_seed=per_seed, **about)
 
 # %% ../nbs/api/12_effects.ipynb #12-effects-22
 def _differences(a: pd.DataFrame, b: pd.DataFrame, value: str, seeds: str | None) -> pd.DataFrame:
@@ -184,8 +178,8 @@ def _fieller(ratio: tuple[float, ...], level: float) -> tuple[float, float]:
     "All shares that a t test of gain - share * loss does not reject."
     (gain, loss, *shape), (a, b, c) = ratio[:4], np.reshape(ratio[4:], (3, 3))  # mean squares: gain, both, loss
     def excess(of: float, squares: np.ndarray) -> float:  # distance from zero over that which the test allows
-        variance, df = variance_of_mean(squares, *map(int, shape))
-        return abs(of) - float(stdtrit(df, .5 + level / 2)) * variance**.5
+        variance, share = variance_of_mean(squares, *shape)
+        return abs(of) - Effect(of, parts=parts(share, *shape)).quantile(.5 + level / 2) * variance**.5
     if not (loss > 0 and excess(loss, c) > 0): return -math.inf, math.inf
     at = lambda share: excess(gain - share * loss, a - 2 * share * b + share**2 * c)
     def end(side: int) -> float:
@@ -195,14 +189,14 @@ def _fieller(ratio: tuple[float, ...], level: float) -> tuple[float, float]:
 
 def _share(gain: pd.DataFrame, loss: pd.DataFrame, clusters: Mapping | None) -> Effect:
     "Mean gain over mean loss, tables of seeds and records."
-    parts = [crossed_effect(table, clusters) for table in (gain, loss)]
-    groups = gain.columns if clusters is None else gain.columns.map(clusters)
-    g, l = (table.T.groupby(groups).mean().to_numpy().T for table in (gain, loss))  # (S, R)
-    variance, df = variance_of_mean(mean_squares(g - (share := g.mean() / l.mean()) * l), *g.shape)
+    alone = [crossed_effect(table, clusters) for table in (gain, loss)]
+    g, l = (_means(table, clusters) for table in (gain, loss))  # (S, R)
+    variance, own = variance_of_mean(mean_squares(g - (share := g.mean() / l.mean()) * l), *g.shape)
     numbers = (g.mean(), l.mean(), *g.shape, *np.ravel([mean_squares(*pair) for pair in ((g, g), (g, l), (l, l))]))
-    found = replace(parts[0], estimate=float(share), error=float(variance**.5 / abs(l.mean())), df=float(df),
+    told = with_interval(share, variance**.5 / abs(l.mean()), parts(own, *g.shape))
+    found = replace(alone[0], estimate=told.estimate, error=told.error, df=told.df, parts=told.parts,
                     per_seed=tuple(map(float, g.mean(1) / l.mean(1))), unit="share of the loss", margin=0.0,
-                    p=max(part.p for part in parts) if l.mean() > 0 else 1.0, ratio=tuple(map(float, numbers)))
+                    p=max(part.p for part in alone) if l.mean() > 0 else 1.0, ratio=tuple(map(float, numbers)))
     return found.at(LEVEL)
 
 # %% ../nbs/api/12_effects.ipynb #12-effects-28
@@ -246,10 +240,12 @@ def _arm(frame: pd.DataFrame, objective: str, like: str) -> pd.DataFrame:
     return pd.concat([frame[(frame["objective"] == like) & start].assign(checkpoint=c) for c in ("best", "last")])
 
 def _by_setting(frame: pd.DataFrame, *arms: str) -> dict[tuple, list[pd.DataFrame]]:
-    "The rows of each arm, for each `SETTING` that has all of them."
+    "The rows of each arm, for each `SETTING` that has all of them; of the seeds that all arms have."
     tested = frame[frame["role"] != "validation"]
     parts = [dict(list(_arm(tested, a, like=arms[0]).groupby(list(SETTING), sort=False))) for a in arms]
-    return {key: [part[key] for part in parts] for key in parts[0] if all(key in part for part in parts)}
+    found = {key: [part[key] for part in parts] for key in parts[0] if all(key in part for part in parts)}
+    shared = {key: set.intersection(*(set(arm["seed"]) for arm in of)) for key, of in found.items()}
+    return {key: [arm[arm["seed"].isin(shared[key])] for arm in of] for key, of in found.items() if shared[key]}
 
 # %% ../nbs/api/12_effects.ipynb #12-effects-36
 def gains(

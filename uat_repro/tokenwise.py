@@ -38,7 +38,8 @@ def _resampled(frame: pd.DataFrame, terms: Iterable, cluster: str, resamples: in
     if missing := [c for c in [*columns, "record"] if c not in frame]:
         raise ValueError(f"no column {', '.join(missing)}; the table has {', '.join(map(str, frame.columns))}")
     frame = frame.dropna(subset=columns)
-    of, names = pd.factorize(frame[cluster if cluster in frame else "record"])
+    of, names = pd.factorize(by := frame[cluster if cluster in frame else "record"])
+    if lost := by.isna().sum(): raise ValueError(f"{lost} of {len(by)} tokens have no {by.name}; give one for each token")
     about = dict(records=frame["record"].nunique(), clusters=len(names), unit="Spearman", null=null)
     if len(frame) < 3: return Effect(math.nan, **about)
     codes = {c: np.unique(frame[c].to_numpy(), return_inverse=True)[1] for c in columns}
