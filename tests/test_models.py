@@ -171,3 +171,35 @@ def test_flash_attention_finds_documents_on_a_gpu(attention, monkeypatch):
     decoder.config._attn_implementation = attention
     assert models._takes_documents(decoder)
     with by_document(decoder, torch.tensor([[0, 1, 0]])) as more: assert more == {}
+
+
+@pytest.mark.parametrize("family, more", [("granite", dict(embedding_multiplier=12.)), ("nanochat", {})])
+def test_a_decoder_that_changes_what_enters_its_first_layer_is_not_cut(family, more):
+    with pytest.raises(ValueError, match=f"{family} cannot be cut: its decoder changes what enters its first layer"):
+        models.split_layers(small(family, **more), 1)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral", "cohere", "granite"])
+def test_other_decoders_are_cut(family):
+    model, ids = small(family), torch.arange(3, 20)[None]
+    trunk, top = models.split_layers(model, 1)
+    parts = hidden_states(top, dict(inputs_embeds=hidden_states(trunk, dict(input_ids=ids))))
+    torch.testing.assert_close(parts, hidden_states(model, dict(input_ids=ids)))
+
+
+@pytest.mark.parametrize("family, names", [("opt", ("dropout",)), ("biogpt", ("hidden_dropout_prob", "activation_dropout")),
+                                           ("phimoe", ("input_jitter_noise", "router_jitter_noise"))])
+def test_dropout_without_a_module_of_its_own_is_found(family, names):
+    off = dict(dropout=0., attention_dropout=0., activation_dropout=0., hidden_dropout_prob=0., layerdrop=0.,
+               attention_probs_dropout_prob=0., input_jitter_noise=0., router_jitter_noise=0., word_embed_proj_dim=32)
+    assert not models.has_dropout(small(family, **off))
+    for name in names: assert models.has_dropout(small(family, **{**off, name: .1}))
+
+
+def test_packed_documents_stay_apart_beside_a_mask_of_ones():
+    model, ids = tiny_model(), torch.arange(10, 35)[None]
+    row = dict(input_ids=ids, position_ids=torch.cat([torch.arange(10), torch.arange(15)])[None])
+    masked = hidden_states(model, dict(row, attention_mask=torch.ones_like(ids)))
+    torch.testing.assert_close(masked, hidden_states(model, row))
+    padded = dict(attention_mask=(torch.arange(25) > 3).long()[None], position_ids=(torch.arange(25) - 4).clamp(0)[None])
+    assert not models._packed_beside_mask(padded)

@@ -1,10 +1,13 @@
 "Samples of a posterior, each left out in turn, against the plain decomposition of the others."
+import math
+
 import pytest, torch
 
 from uat_repro.head import CHUNK_LOGITS
 from uat_repro.models import Head, head_of, hidden_states, tiny_model
 from uat_repro.tokens import Collator, lay_out
-from uat_repro.uncertainty import decompose, leave_one_out, score_samples
+from uat_repro.uncertainty import (Ensemble, MCDropout, TokenUncertainty, choose_posterior, decompose, leave_one_out,
+                                   score_samples)
 
 from examples import rows, tokenizer
 
@@ -63,3 +66,35 @@ def test_states_of_other_models_are_scored_at_the_tokens_of_the_batch():
     whole = decompose(torch.stack([head.logits(h).log_softmax(-1) for h in layout.predicting(samples)]))
     torch.testing.assert_close(found.epistemic[layout.valid], whole.epistemic, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found.aleatoric[layout.valid], whole.aleatoric, rtol=1e-4, atol=1e-6)
+
+
+def test_an_ensemble_is_asked_in_eval_mode():
+    from peft import LoraConfig, get_peft_model
+    members = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        adapter = LoraConfig(r=4, lora_dropout=.5, target_modules="all-linear", init_lora_weights=False)
+        members.append(get_peft_model(tiny_model(), adapter))
+    batch = Collator(tokenizer)(rows())
+    ask = lambda: Ensemble(tuple(members))(members[0], batch)
+    for member in members: member.eval()
+    expected = ask()
+    for member in members: member.train()
+    found = ask()
+    assert all(member.training for member in members)
+    for name in ("loss", "epistemic", "halves"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), equal_nan=True)
+
+
+def test_a_posterior_without_a_reliability_is_not_chosen():
+    good = torch.rand(1, 50, generator=torch.Generator().manual_seed(0))
+    def estimate(halves):
+        return TokenUncertainty(loss=good, entropy=good, total=good, aleatoric=good, epistemic=good, mean_loss=good,
+                                halves=halves, samples=8)
+    dead, alive = estimate(torch.ones(2, 1, 50)), estimate(torch.stack([good, good]))
+    assert (choose_posterior([dead, alive]), choose_posterior([alive, dead])) == (1, 0)
+
+
+def test_no_token_has_no_reliability():
+    batch = Collator(tokenizer)([dict(row, labels=[-100] * len(row["labels"])) for row in rows()])
+    assert math.isnan(MCDropout(p=.1, samples=4)(tiny_model(), batch).reliability().spearman)

@@ -11,7 +11,7 @@ from test_training import InOrder, two_processes
 from uat_repro.distillation import FrozenTeacher
 from uat_repro.models import head_of, tiny_model
 from uat_repro.objective import Objective, as_compute_loss_func
-from uat_repro.tokens import Collator
+from uat_repro.tokens import Collator, token_frame
 from uat_repro.training import TokenLog, UncertaintyAwareTrainer
 
 collate = Collator(tokenizer)
@@ -264,3 +264,35 @@ def test_a_gradient_that_is_no_number_ends_the_training(tmp_path, changes, clip,
     with pytest.raises(FloatingPointError, match=f"the gradient is NaN at step {step} or before, .* an earlier checkpoint"):
         trainer(tmp_path, objective, model=model, max_steps=3, max_grad_norm=clip, **changes).train()
     assert not [*tmp_path.glob("checkpoint-*/*.safetensors")]
+
+
+def test_data_seed_draws_another_order(tmp_path):
+    def order(**seeds):
+        t = trainer(tmp_path, kind=UncertaintyAwareTrainer, per_device_train_batch_size=2, **seeds)
+        return list(t._get_train_sampler())
+    assert order(seed=3) == order(seed=3, data_seed=3) == order(seed=4, data_seed=3)
+    assert len({tuple(order(data_seed=n)) for n in range(5)}) > 1
+
+
+def test_padding_on_the_left_changes_nothing():
+    "The first token of a row has nothing but padding before it, so that it is no response token."
+    texts = [[5, 6, 7, 8, 9], [10, 11]]
+    model, right = tiny_model(), collate([dict(input_ids=x, labels=x, id=str(n)) for n, x in enumerate(texts)])
+    left = {name: right[name].clone() for name in ("input_ids", "labels", "attention_mask")}
+    for x in left.values(): x[1] = x[1].roll(3)
+    for objective in (Objective.preset("mle"), Objective.preset("masked_mle")):
+        a, b = objective(model, right), objective(model, left)
+        assert b.loss.item() == pytest.approx(a.loss.item(), rel=1e-5)
+
+
+def test_a_compute_loss_func_takes_the_name_of_a_preset():
+    batch, model = collate(rows()), tiny_model()
+    out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    named, given = (as_compute_loss_func(o)(out, batch["labels"]) for o in ("masked_mle", Objective.preset("masked_mle")))
+    assert named.item() == given.item()
+
+
+def test_tokens_without_a_record_are_told():
+    packed = dict(input_ids=torch.arange(5, 15)[None], labels=torch.arange(5, 15)[None])
+    with pytest.raises(ValueError, match="there is no 'id', only input_ids, labels: make rows by encode_all"):
+        token_frame(packed, tokenizer)

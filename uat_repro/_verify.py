@@ -95,7 +95,8 @@ def at_work(
 # %% ../nbs/api/11a_verify.ipynb #11a-verify-15
 def _ended(notebook: Path) -> bool:
     "Whether papermill has come to the end of a notebook."
-    return notebook.exists() and bool(read_json(notebook)["metadata"]["papermill"]["end_time"])
+    try: return bool(json.loads(notebook.read_text(encoding="utf-8"))["metadata"]["papermill"]["end_time"])
+    except (FileNotFoundError, ValueError): return False  # a kill may have cut it off
 
 def state_of(
     workdir: str | Path,  # folder of results

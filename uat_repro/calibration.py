@@ -95,6 +95,8 @@ def calibration(
     bins: int = 15,  # of `reliability`
 ) -> pd.DataFrame:  # fitted (bool), temperature, tokens, nll, accuracy, confidence, calibration_error
     "Calibration of a model as it is, and with a temperature that was fitted on other records."
-    judged = judge(model, judge_on)
-    rows = [_row(judged, tau, bins) for tau in (1.0, fit_temperature(judge(model, fit_on)))]
+    judged, fitted_on = judge(model, judge_on), judge(model, fit_on)
+    if not (len(judged.top) and len(fitted_on.top)):
+        raise ValueError("no response token to fit a temperature on, or to judge by: give batches that have some")
+    rows = [_row(judged, tau, bins) for tau in (1.0, fit_temperature(fitted_on))]
     return pd.DataFrame([dict(fitted=fitted, **row) for fitted, row in zip((False, True), rows)])

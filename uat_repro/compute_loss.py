@@ -60,14 +60,15 @@ def _check_arguments(o: Settings, args: TrainingArguments) -> None:
 
 # %% ../nbs/api/08a_compute_loss.ipynb #08a-compute-loss-09
 def as_compute_loss_func(
-    objective: Objective,  # whose rules need nothing but the logits of one batch
+    objective: Objective | str,  # whose rules need nothing but the logits of one batch, or the name of a preset
     args: TrainingArguments | None = None,  # of the Trainer, to refuse what would have no effect
 ) -> Callable:  # (outputs, labels, num_items_in_batch=None) -> scalar loss; without gradient that of "mle"
     "The objective as a `compute_loss_func` for `transformers.Trainer`. Raises where it could not be followed there."
-    _check_logits(objective)
-    if args is not None: _check_arguments(objective, args)
+    wanted = Objective.preset(objective) if isinstance(objective, str) else objective
+    _check_logits(wanted)
+    if args is not None: _check_arguments(wanted, args)
     def compute_loss(outputs, labels: Tensor, num_items_in_batch=None) -> Tensor:
-        o = objective if torch.is_grad_enabled() else Objective.preset("mle")
+        o = wanted if torch.is_grad_enabled() else Objective.preset("mle")
         layout = lay_out(dict(labels=labels))
         _check_step(o, len(layout.targets), num_items_in_batch)
         logits = layout.predicting(outputs.logits).float()  # (N, V)

@@ -60,7 +60,7 @@ class Effect:
         return replace(self, low=low, high=high, level=level)
     def __str__(self) -> str: return _in_digits(self.estimate, self.low, self.high)
 
-# %% ../nbs/api/12_effects.ipynb #12-effects-08
+# %% ../nbs/api/12_effects.ipynb #12-effects-08a
 def _in_digits(estimate: float, low: float, high: float) -> str:
     "An estimate and its interval, in as many digits as the interval deserves."
     width = high - low
@@ -69,6 +69,7 @@ def _in_digits(estimate: float, low: float, high: float) -> str:
     while n < 4 and any(end and not round(end, n) for end in (low, high)): n += 1  # an end that is not zero shows it
     return f"{estimate:z.{n}f} [{low:z.{n}f}, {high:z.{n}f}]"
 
+# %% ../nbs/api/12_effects.ipynb #12-effects-08
 def _p_value(effect: Effect) -> float:
     "One less the coverage of the interval that ends at `null`."
     t = abs(effect.estimate - effect.null) / effect.error
@@ -86,8 +87,8 @@ def with_interval(
 ) -> Effect:
     "An effect with its t interval and its p value; an error of zero says nothing, and gives no interval."
     shares = df if isinstance(df, tuple) else ()
-    number = 1 / sum(share / of for share, of in shares) if shares else float(df)
-    effect = Effect(float(estimate), null=null, error=float(error or math.nan), df=number, parts=shares, **more)
+    mean = 1 / sum(share / of for share, of in df) if isinstance(df, tuple) else float(df)
+    effect = Effect(float(estimate), null=null, error=float(error or math.nan), df=mean, parts=shares, **more)
     return replace(effect, p=_p_value(effect)).at(LEVEL)
 
 def detectable(
@@ -177,9 +178,10 @@ def mean_effect(
 def _fieller(ratio: tuple[float, ...], level: float) -> tuple[float, float]:
     "All shares that a t test of gain - share * loss does not reject."
     (gain, loss, *shape), (a, b, c) = ratio[:4], np.reshape(ratio[4:], (3, 3))  # mean squares: gain, both, loss
+    seeds, records = map(int, shape)
     def excess(of: float, squares: np.ndarray) -> float:  # distance from zero over that which the test allows
-        variance, share = variance_of_mean(squares, *shape)
-        return abs(of) - Effect(of, parts=parts(share, *shape)).quantile(.5 + level / 2) * variance**.5
+        variance, share = variance_of_mean(squares, seeds, records)
+        return abs(of) - Effect(of, parts=parts(share, seeds, records)).quantile(.5 + level / 2) * variance**.5
     if not (loss > 0 and excess(loss, c) > 0): return -math.inf, math.inf
     at = lambda share: excess(gain - share * loss, a - 2 * share * b + share**2 * c)
     def end(side: int) -> float:

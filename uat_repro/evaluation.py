@@ -138,8 +138,8 @@ def evaluate(
 # %% ../nbs/api/10_evaluation.ipynb #10-evaluation-35
 def summarise(
     records: pd.DataFrame,  # from `evaluate`
-) -> dict[str, float]:  # the mean of each measure over tokens
-    "Token-weighted means over records. Hard and easy means weigh the records that have such tokens."
+) -> dict[str, float]:  # the mean of each measure
+    "Means over records, weighed by their response tokens; hard and easy ones over the records that have such tokens."
     measures = [c for c in records if c not in ("record", "tokens")]
     weighted = {c: records.loc[records[c].notna(), [c, "tokens"]] for c in measures}
     return {c: float((w[c] * w["tokens"]).sum() / w["tokens"].sum()) for c, w in weighted.items()}

@@ -74,7 +74,7 @@ def scores_of(
 
 # %% ../nbs/api/03_head.ipynb #03-head-23b
 def frozen(head):  # a `Head`, and so is what comes back
-    "A head that training leaves as it is: parameters that train are copied."
+    "A head that training leaves as it is: parameters that train are copied, those that do not are shared."
     return type(head)(*(x.detach().clone() if isinstance(x, Tensor) and x.requires_grad else x for x in head))
 
 # %% ../nbs/api/03_head.ipynb #03-head-25
@@ -204,6 +204,8 @@ def scores_and_divergence(
     other_log_z: Tensor,  # (N,) `TokenScores.log_z` of the other model
 ) -> tuple[TokenScores, Tensor]:  # scores of the model; divergence (N,) of the other's distribution from its own, nats
     "Scores (equation 2) and the divergence from another model, in one pass over the vocabulary."
+    if (own := len(head.weight)) != (others := len(other_head.weight)):
+        raise ValueError(f"the models have {own} and {others} words: compare models of one vocabulary")
     moved = torch.zeros_like(other_log_z)
     def watch(start: int, z: Tensor) -> None:
         there = slice_head(other_head, start, start + z.shape[1]).logits(other)

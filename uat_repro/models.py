@@ -58,7 +58,9 @@ class Head(NamedTuple):
 # %% ../nbs/api/02_models.ipynb #02-models-11
 def has_dropout(model: nn.Module) -> bool:  # whether a forward in training mode is random
     "Whether `model` would drop anything in training mode."
-    return any(m.p > 0 if isinstance(m, nn.Dropout) else getattr(m, "attention_dropout", 0) for m in model.modules())
+    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()): return True
+    rates = (x for m in model.modules() for name, x in vars(m).items() if "drop" in name or "jitter" in name)
+    return any(isinstance(x, float) and x > 0 for x in rates)  # of functions that a forward calls
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
@@ -184,6 +186,11 @@ def _takes_documents(decoder: nn.Module) -> bool:
     return ("flash" in name or ours and decoder.device.type != "cuda") and _once(_apart, decoder)
 
 # %% ../nbs/api/02_models.ipynb #02-models-30
+def _packed_beside_mask(inputs: Mapping) -> bool:
+    "Whether rows have a mask of padding, and positions that begin again after a token."
+    if not {"position_ids", "attention_mask"} <= {*inputs}: return False
+    return bool(((inputs["position_ids"][:, 1:] == 0) & (inputs["attention_mask"][:, :-1] != 0)).any())
+
 def hidden_states(
     model: nn.Module,  # a causal language model, wrapped or not
     batch: Mapping,  # `input_ids` (B, T) or `inputs_embeds` (B, T, H), with `attention_mask` or `position_ids` (B, T)
@@ -194,6 +201,7 @@ def hidden_states(
     prompted = getattr(adapter, "is_prompt_learning", False)
     names = ("inputs_embeds" if "inputs_embeds" in batch else "input_ids", "attention_mask", "position_ids")
     inputs = {name: batch[name] for name in names if name in batch}
+    if _packed_beside_mask(inputs): del inputs["attention_mask"]  # which would let documents see each other
     compiled = any("_orig_mod" in m._modules for m in model.modules())  # lengths of documents would compile it anew
     change = without_padding if not compiled and _takes_documents(decoder) else one_in_each_row
     row, places = (not prompted and change(inputs)) or (inputs, None)
@@ -207,7 +215,7 @@ def hidden_states(
     states = states[0] if in_a_row else states[row["attention_mask"].bool()]  # (N, H)
     return states.new_zeros(shape.numel(), states.shape[-1]).index_copy(0, places, states).view(*shape, -1)
 
-# %% ../nbs/api/02_models.ipynb #02-models-37
+# %% ../nbs/api/02_models.ipynb #02-models-36b
 def _decoder_of(model: nn.Module) -> tuple[nn.Module, Family]:
     "The decoder of a model and its family. Raises where the decoder has no parts of the family's names."
     bare, family = unwrap(model), family_of(model)
@@ -216,6 +224,13 @@ def _decoder_of(model: nn.Module) -> tuple[nn.Module, Family]:
         raise ValueError(f"{bare.config.model_type} has no `{'`, `'.join(missing)}`: add an entry to models.FAMILIES")
     return decoder, family
 
+def _cut_well(trunk: nn.Module, top: nn.Module, model: nn.Module, ids: Tensor) -> bool:
+    "Whether trunk and top together end in the states of the model."
+    whole = hidden_states(model, dict(input_ids=ids))
+    with eval_mode(trunk), eval_mode(top):
+        return _close(hidden_states(top, dict(inputs_embeds=hidden_states(trunk, dict(input_ids=ids)))), whole, 2e-2)
+
+# %% ../nbs/api/02_models.ipynb #02-models-37
 def split_layers(
     model: PreTrainedModel,  # a causal language model
     layer: int,  # number of layers in the trunk, L, from 1 to one less than the model has
@@ -232,6 +247,9 @@ def split_layers(
         config.num_hidden_layers = len(layers)
         if getattr(config, "layer_types", None): config.layer_types = config.layer_types[which]
     setattr(trunk, family.norm, nn.Identity())
+    if not _once(partial(_cut_well, trunk, top), model):
+        raise ValueError(f"{model.config.model_type} cannot be cut: its decoder changes what enters its first layer, "
+                         "so that the top would change it twice; leave the layer at 0")
     return trunk, top
 
 # %% ../nbs/api/02_models.ipynb #02-models-40

@@ -61,13 +61,15 @@ def _check(o: "Settings") -> None:
     find_rule(Metric, o.metric, METRICS)
     if o.weight is not None: find_rule(Weight, o.weight, WEIGHTS)
     if o.distill_on not in ("rest", "all"): raise ValueError(f"distill_on is {o.distill_on!r}; allowed are rest, all")
-    if not (o.posterior is None or callable(o.posterior)):
-        raise ValueError(f"posterior is {o.posterior!r}: give one such as MCDropout(p=.02), or None")
+    if not (o.posterior is None or callable(o.posterior)) or isinstance(o.posterior, type):
+        raise ValueError(f"posterior is {o.posterior!r}: give one, in Python, such as MCDropout(p=.02), or None")
     for name in ("distill_weight", "temperature", *(["threshold"] if o.threshold is not None else [])):
         if not (isinstance(x := getattr(o, name), Real) and math.isfinite(x)):
             raise ValueError(f"{name} is {x!r}: give a number")
     if o.distill_weight < 0:
         raise ValueError(f"distill_weight is {o.distill_weight}; it multiplies a divergence and cannot be negative")
+    if o.distill_weight and o.distill_on == "rest" and o.keep == 1 and o.threshold is None:
+        raise ValueError("keep is 1, so that there is no rest to distil: choose distill_on='all', or a smaller keep")
     if o.temperature <= 0: raise ValueError(f"temperature is {o.temperature}; it divides logits and must be positive")
     if o.threshold is not None and o.granularity == "document":
         raise ValueError("a threshold is for tokens: leave granularity at 'token', or choose documents by keep")

@@ -329,10 +329,11 @@ def locked(
 # %% ../nbs/api/11_results.ipynb #11-results-72
 def traceback_of(
     notebook: str | Path,  # an executed notebook
-) -> str | None:  # the traceback as plain text; None where no cell failed
+) -> str | None:  # the traceback as plain text; None where no cell failed, or the notebook is not whole
     "Why a notebook stopped."
-    if not Path(notebook).exists(): return None
-    errors = [o for c in read_json(notebook)["cells"] for o in c.get("outputs", []) if o["output_type"] == "error"]
+    try: cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
+    except (FileNotFoundError, ValueError): return None  # a kill may have cut it off
+    errors = [o for c in cells for o in c.get("outputs", []) if o["output_type"] == "error"]
     return re.sub(r"\x1b\[[\d;]*m", "", "\n".join(errors[-1]["traceback"])) if errors else None
 
 # %% ../nbs/api/11_results.ipynb #11-results-75

@@ -8,12 +8,22 @@ Docs: https://uat-repro.github.io/uat-repro/api/sft.html.md"""
 __all__ = ['UncertaintyAwareSFTTrainer']
 
 # %% ../nbs/api/09a_sft.ipynb #09a-sft-03
-import re
+import logging, re
 
 from trl import SFTConfig, SFTTrainer
 
 from ._templates import fix_date
 from .training import ObjectiveMixin
+
+# %% ../nbs/api/09a_sft.ipynb #09a-sft-06b
+_log = logging.getLogger(__name__)
+
+def _warn_of_questions(dataset, args: SFTConfig) -> None:
+    "Where TRL would put questions among the tokens that are chosen from."
+    if "messages" in (getattr(dataset, "column_names", None) or ()) and not args.assistant_only_loss:
+        _log.warning("TRL trains questions too where rows are whole conversations, and a selection may take those "
+                     "first: give prompt and completion, or rows of encode_all, or "
+                     "SFTConfig(assistant_only_loss=True)")
 
 # %% ../nbs/api/09a_sft.ipynb #09a-sft-07
 class UncertaintyAwareSFTTrainer(ObjectiveMixin, SFTTrainer):
@@ -31,6 +41,7 @@ class UncertaintyAwareSFTTrainer(ObjectiveMixin, SFTTrainer):
         if self.token_log is not None and given.get("data_collator") is None:
             raise ValueError("a token log names records, and TRL's batches have no ids: pass "
                              "data_collator=Collator(tokenizer) and rows of encode_all, without packing")
+        if self.objective.selects: _warn_of_questions(given.get("train_dataset"), args)
         fields = str(getattr(given.get("train_dataset"), "features", None))  # those of turns as well
         weights = re.findall(r"'(weight|token_weights|loss_weights)'", fields)
         if weights and (args.packing or given.get("data_collator") is None):

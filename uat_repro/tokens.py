@@ -246,11 +246,13 @@ class LengthSampler(Sampler[int]):
 def valid_tokens(
     labels: Tensor,  # (B, T) token ids, -100 where no loss is wanted
     position_ids: Tensor | None = None,  # (B, T) positions inside each document, for packed rows
+    attention_mask: Tensor | None = None,  # (B, T) 0 at padding, for rows that are padded on the left
 ) -> Tensor:  # (B, T) bool
     "The positions of tokens that have a label and a token of the same document before them."
     first = torch.zeros_like(labels, dtype=torch.bool)
     first[:, 0] = True
     if position_ids is not None: first |= position_ids == 0
+    if attention_mask is not None: first[:, 1:] |= attention_mask[:, :-1] == 0
     return (labels != -100) & ~first
 
 def document_numbers(
@@ -293,7 +295,7 @@ def lay_out(
     require_field(batch, "labels")
     labels, weights = batch["labels"], batch.get("loss_weights")
     if weights is None: weights = torch.ones(labels.shape, device=labels.device)
-    valid = valid_tokens(labels, batch.get("position_ids")) & (weights > 0)
+    valid = valid_tokens(labels, batch.get("position_ids"), batch.get("attention_mask")) & (weights > 0)
     return Layout(valid, labels[valid], document_numbers(batch)[valid], weights[valid].float())
 
 # %% ../nbs/api/01_tokens.ipynb #01-tokens-42b
@@ -317,6 +319,7 @@ def token_frame(
     **scores: Tensor,  # (B, T) each, named after the columns that they become
 ) -> pd.DataFrame:  # record, position (in the document), token (its text), and the scores
     "One row for each response token of a batch."
+    require_field(batch, "id")
     layout, positions = lay_out(batch), batch.get("position_ids")
     if positions is None: positions = torch.arange(layout.valid.shape[1]).expand(layout.valid.shape)
     documents, ids = layout.documents.tolist(), batch["id"]

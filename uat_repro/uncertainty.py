@@ -78,6 +78,7 @@ class TokenUncertainty:
     ) -> Reliability:  # between the two halves
         "Split-half reliability of the epistemic uncertainty, at half the samples."
         a, b = (h[~h.isnan()].cpu() for h in self.halves)
+        if not len(a): return Reliability(math.nan, math.nan)  # no response token
         return Reliability(float(spearmanr(a, b).statistic), _overlap(a, b, max(1, round(keep * len(a)))))
 
 # %% ../nbs/api/05_uncertainty.ipynb #05-uncertainty-20
@@ -191,8 +192,11 @@ class Ensemble:
         batch: Mapping,  # padded or packed, with `labels`
     ) -> TokenUncertainty:  # (B, T) each
         "Uncertainty of every response token, from the disagreement of the members."
-        states = torch.stack([hidden_states(m, batch) for m in self.models])  # (S, B, T, H)
-        return score_samples(model, batch, states, Heads(tuple(map(head_of, self.models))))
+        states = []
+        for member in self.models:
+            with eval_mode(member): states.append(hidden_states(member, batch))  # (B, T, H)
+        with eval_mode(model):
+            return score_samples(model, batch, torch.stack(states), Heads(tuple(map(head_of, self.models))))
 
 # %% ../nbs/api/05_uncertainty.ipynb #05-uncertainty-49
 class LeftOut(NamedTuple):
@@ -240,7 +244,7 @@ def choose_posterior(
     inflation, reliability = zip(*((u.inflation(), u.reliability().spearman) for u in estimates))
     harmless = [n for n, x in enumerate(inflation) if x <= max_inflation]
     if not harmless: return min(range(len(inflation)), key=inflation.__getitem__)
-    return max(harmless, key=reliability.__getitem__)
+    return max(harmless, key=lambda n: -math.inf if math.isnan(reliability[n]) else reliability[n])
 
 # %% ../nbs/api/05_uncertainty.ipynb #05-uncertainty-58
 SCORES: tuple[str, ...] = ("loss", "entropy", "total", "aleatoric", "epistemic", "mean_loss")
