@@ -12,6 +12,7 @@ __all__ = ['load', 'name_of', 'read_records', 'read_rows', 'mark_selected', 'sco
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-03
 import ast, hashlib, math, re, sys, time
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -140,15 +141,16 @@ def harm(tokens: pd.DataFrame, most: float = 0.02) -> str:
     return f"dropout changes the mean loss by {change:+.1%}: {verdict}"
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-33b
-def full(tokens: pd.DataFrame, max_length: int) -> str:
+def full(lengths: Iterable[int], max_length: int) -> str:
     "How many records have all the tokens that they may have; empty if none has."
-    count = (tokens.groupby("record")["position"].max() == max_length - 1).sum()
+    count = sum(length == max_length for length in lengths)
     return f"{count} records fill all {max_length} tokens: what follows is cut (raise --max-length)" if count else ""
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-44
 def summary(tokens: pd.DataFrame, by: str, max_length: int) -> list[str]:
     "What there is to say about scored tokens, line by line."
-    more = selected_kinds(tokens), alike(tokens), full(tokens, max_length), harm(tokens)
+    lengths = tokens.groupby("record")["position"].max() + 1
+    more = selected_kinds(tokens), alike(tokens), full(lengths, max_length), harm(tokens)
     return [*least_sure(tokens, by), *filter(None, more)]
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-14
@@ -283,6 +285,7 @@ def run_training(asked) -> None:
     if asked.push_to_hub: hub.whoami()  # and so is a missing login
     began, (network, tokenizer) = time.time(), load(asked.model, asked.chat_template)
     rows, held_out = sides(lambda part, limit: read_rows(asked, part, limit, tokenizer), asked.documents)
+    if cut := full(map(len, rows["input_ids"]), asked.max_length): print(cut, file=sys.stderr)
     if asked.ood: held_out["ood"] = read_rows(replace(asked, dataset=asked.ood, columns=""), "all", 100, tokenizer)
     ood = name_of(asked.ood) if asked.ood else None
     name, spec, reference = name_of(asked.dataset), Path(asked.model).name, asked.reference

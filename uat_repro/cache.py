@@ -36,10 +36,13 @@ def cache_identity(
     dataset: Sequence,  # rows with `input_ids`
     layer: int,  # the layer that the states enter, L, or -1 for the last states
 ) -> dict:  # equal for equal states
-    "The dependencies of a data set's states: weights, layer, and every token of every record, in order."
+    "The dependencies of a data set's states: weights, adapters, layer, and every token of every record, in order."
     records = [record_key(row["input_ids"]) for row in dataset]
     below = dataset.cache.key if hasattr(dataset, "cache") else ""  # states that stand in for the tokens
-    return dict(model=weights_hash(model), layer=layer, records=records, below=below)
+    adapters = [(name, m.scaling, m.active_adapters, m.disable_adapters) for name, m in model.named_modules()
+                if isinstance(getattr(m, "scaling", None), dict)]  # LoRA's layers
+    acts = dict(adapters=hashlib.sha256(repr(adapters).encode()).hexdigest()[:16]) if adapters else {}
+    return dict(model=weights_hash(model), layer=layer, records=records, below=below) | acts
 
 # %% ../nbs/api/04_cache.ipynb #04-cache-15
 @torch.no_grad()
