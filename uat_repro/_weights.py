@@ -264,6 +264,7 @@ def _packaged(name: str) -> Path:  # folder as from `convert_gguf`
     return _once(model_folder(weights.file, weights.sha256), partial(_write_packaged, name))
 
 # %% ../nbs/api/02a_weights.ipynb #02a-weights-21
+_ALLOWED = f"allowed: a hub id, a folder with safetensors, a .gguf file, {', '.join([*PACKAGED_WEIGHTS, *TINY])}"
 CONSENT = "accept the licence at https://huggingface.co/{} and set HF_TOKEN to a token of that account"
 
 def _why(error: Exception, name: str, revision: str) -> str:
@@ -281,8 +282,8 @@ def _why(error: Exception, name: str, revision: str) -> str:
     if (adapter := Path(name)/"adapter_config.json").is_file():
         base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
         text = f"it is an adapter of {base!r}, which must be a hub id or a folder that can be loaded: {text}"
-    allowed = ", ".join(["a hub id", "a folder with safetensors", "a .gguf file", *PACKAGED_WEIGHTS, *TINY])
-    return f"{text[:400]} (allowed: {allowed})"
+    if (Path(name)/"model"/"config.json").is_file(): text = f"the model is in {Path(name)/'model'}"
+    return f"{text[:400]} ({_ALLOWED})"
 
 # %% ../nbs/api/02a_weights.ipynb #02a-weights-23
 def load_model(
@@ -292,6 +293,9 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:  # the model in eval mode, and its tokenizer
     "Load a causal language model and its tokenizer. Raises where a package, safetensors or a tensor are missing."
     if spec in TINY: return tiny_model(spec), tiny_tokenizer()
+    known = spec in PACKAGED_WEIGHTS or "/" in spec or Path(spec).exists()
+    if not known and (near := get_close_matches(spec, [*PACKAGED_WEIGHTS, *TINY], 1, .8)):  # before the hub is asked
+        raise OSError(f"cannot load {spec!r}: did you mean {near[0]!r}? ({_ALLOWED})")
     path = str(_packaged(spec)) if spec in PACKAGED_WEIGHTS else spec
     name, revision = spec, ""
     try:
