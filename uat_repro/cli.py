@@ -152,18 +152,15 @@ def status(
     as_json: Json = False,
 ):
     "Say which runs are done, at work, failed, stale or to come, and how long the rest will take."
-    from uat_repro._verify import state_of
-    from uat_repro.results import figures, read_json, result_files
+    from uat_repro._verify import as_it_took, costs_of, state_of
+    from uat_repro.results import figures, result_files
     from uat_repro.workflow import Progress, about
-    profile = _open_results(workdir)
+    profile, costs = _open_results(workdir), costs_of(workdir)
     todo = _stale(workdir, data_dir)
     states = {run: state_of(workdir, run.notebook) for run in todo}
-    costs = [(file.parts[-3], read_json(file)) for file in workdir.glob("*/*/cost.json")]
-    took = {name: [c["wall_seconds"] for of, c in costs if of == name and not c["resumed"]] for name, _ in costs}
-    here = {name: profile[name] | dict(seconds=sum(s) / len(s)) for name, s in took.items() if s and name in profile}
     spent, least = sum(c["wall_seconds"] for _, c in costs), "at least " * any(c["resumed"] for _, c in costs)
     done = len(result_files(profile)) + len(figures(profile)) - len(todo)
-    left = Progress(todo, profile | here, cores).left(0) if todo else 0
+    left = Progress(todo, as_it_took(profile, costs), cores).left(0) if todo else 0
     if as_json: return print(json.dumps(dict(
         done=done, spent_seconds=spent, left_seconds=left, runs={str(run): s for run, s in states.items()}), indent=1))
     for run, state in states.items():

@@ -23,7 +23,7 @@ from ._arguments import read_sections
 from ._files import files_of
 from ._gpu import gpu_mb
 from ._signals import Terminated, end_family, follow_parent
-from ._verify import discard_altered
+from ._verify import as_it_took, costs_of, discard_altered
 from .results import (AXES, catalogue, check_disk, claim_folder, cost, figures, inside, locked, manifest,
                                notebooks_folder, traceback_of, write_json)
 
@@ -195,6 +195,9 @@ class Progress:
     def left(self, now: float) -> float:
         "Seconds that the remaining runs will take, at `now` seconds on the clock."
         seconds = {r.rule: self.profile.get(r.rule, self.profile["figures"]).get("seconds", 0) for r in self.todo}
+        expected = sum(seconds[r.rule] for r in self.took)
+        pace = sum(self.took.values()) / expected if expected else 1.0  # of this machine
+        seconds = {rule: pace * s for rule, s in seconds.items()}
         seconds |= {r.rule: fmean(t for run, t in self.took.items() if run.rule == r.rule) for r in self.took}
         remain = [max(0, seconds[r.rule] - (now - self.started.get(r, now))) for r in self.todo if r not in self.took]
         return max(sum(remain) / self.cores, *remain, 0)
@@ -272,7 +275,7 @@ def _make(profile: dict, workdir: Path, command: list[str], cores: int, lock: in
     began, runs = time.time(), plan(command)
     if not runs: print(f"nothing to do: {workdir} is up to date"); return 0
     check_disk(workdir, profile["disk_gb"])
-    progress = Progress(runs, profile, cores)
+    progress = Progress(runs, as_it_took(profile, costs_of(workdir)), cores)
     print(f"{len(runs)} runs into {workdir}, about {about(progress.left(0))}", flush=True)
     status, failed, error = watch(command, progress, workdir / "snakemake.log", (lock,))
     if status: _failures(workdir, failed, error); return 1
@@ -298,7 +301,7 @@ def _plan_for(profile: dict, workdir: Path, *options: str, **call) -> list[Run]:
 def _list_runs(profile: dict, workdir: Path, cores: int, **call) -> int:
     "Print the plan; exit status."
     runs = _plan_for(profile, workdir, cores=cores, **call)
-    end = f"{len(runs)} runs, about {about(Progress(runs, profile, cores).left(0))} on {cores} cores"
+    end = f"{len(runs)} runs, about {about(Progress(runs, as_it_took(profile, costs_of(workdir)), cores).left(0))} on {cores} cores"
     print(*runs, end if runs else f"nothing to do: {workdir} is up to date", sep="\n")
     return 0
 
