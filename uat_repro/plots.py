@@ -343,7 +343,7 @@ def save_figure(
     "Write a picture (PNG, 150 dots per inch) and its numbers (CSV), each whole or not at all."
     path = Path(path)
     if path.suffix != ".png": raise ValueError(f"{path.name} does not end in .png; give the name of the picture")
-    flat = data.map(lambda x: " ".join(f"{v:.6g}" for v in x) if isinstance(x, (tuple, list)) else x)
+    flat = data.map(lambda x: " ".join(f"{v:.6g}" for v in np.ravel(x)) if isinstance(x, (tuple, list)) else x)
     write_whole(path.with_suffix(".csv"), flat.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
     with io.BytesIO() as picture:
         fig.savefig(picture, format="png", dpi=150, metadata=dict(Software=None))
