@@ -66,6 +66,16 @@ def test_far_intervals_cover_as_well(seeds):
         assert found < .0025 + 4 * .00025
 
 
+@pytest.mark.parametrize("seeds, most", [(3, .014), (5, .005)])
+def test_one_number_of_degrees_of_freedom_would_not_cover(seeds, most):
+    "That of Satterthwaite, which is large where seeds happen to be alike."
+    d = tables(40000, seeds, 20, (.1, .04, .05))
+    (a, b, e), s, r = mean_squares(d), seeds - 1, 19
+    df = (a + b - e)**2 / (a**2 / s + b**2 / r + e**2 / (s * r))
+    df, variance = np.where(a > e, df, r), np.where(a > e, a + b - e, b) / (seeds * 20)
+    assert np.mean(np.abs(d.mean((1, 2))) > student_t.ppf(.99875, df) * variance**.5) > most
+
+
 def test_three_seeds_are_too_few_for_far_intervals():
     "Four times as often as they say, which the text tells: seeds that happen to be alike look as if they did not differ."
     assert .0025 < misses(tables(40000, 3, 20, (.1, .04, .05)), .9975) < .01 + 4 * .0005

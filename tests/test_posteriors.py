@@ -1,11 +1,13 @@
 "Samples of a posterior, each left out in turn, against the plain decomposition of the others."
 import math
 
-import pytest, torch
+import pandas as pd, pytest, torch
 
-from uat_repro.head import CHUNK_LOGITS
+from uat_repro.calibration import calibration
+from uat_repro.head import CHUNK_LOGITS, scores_and_divergence
 from uat_repro.models import Head, head_of, hidden_states, tiny_model
 from uat_repro.tokens import Collator, lay_out
+from uat_repro.tokenwise import correlation
 from uat_repro.uncertainty import (Ensemble, MCDropout, TokenUncertainty, choose_posterior, decompose, leave_one_out,
                                    score_samples)
 
@@ -98,3 +100,14 @@ def test_a_posterior_without_a_reliability_is_not_chosen():
 def test_no_token_has_no_reliability():
     batch = Collator(tokenizer)([dict(row, labels=[-100] * len(row["labels"])) for row in rows()])
     assert math.isnan(MCDropout(p=.1, samples=4)(tiny_model(), batch).reliability().spearman)
+
+
+def test_what_cannot_be_compared_is_refused():
+    head, other, states = Head(torch.randn(30, 8)), Head(torch.randn(20, 8)), torch.randn(4, 8)
+    with pytest.raises(ValueError, match="the models have 30 and 20 words"):
+        scores_and_divergence(states, torch.arange(4), head, states, other, torch.zeros(4))
+    silent = [Collator(tokenizer)([dict(row, labels=[-100] * len(row["labels"])) for row in rows()])]
+    with pytest.raises(ValueError, match="no response token to fit a temperature on"):
+        calibration(tiny_model(), silent, silent)
+    frame = pd.DataFrame(dict(record=list("abcd"), cluster=["x", "x", None, "y"], loss=range(4), entropy=range(4)))
+    with pytest.raises(ValueError, match="1 of 4 tokens have no cluster"): correlation(frame, "loss", "entropy")

@@ -123,5 +123,5 @@ def as_it_took(
     costs: list[tuple[str, dict]],  # from `costs_of`
 ) -> dict:  # the profile, with the mean of those seconds that were measured
     "What a run of each experiment may be expected to take."
-    took = {name: [c["wall_seconds"] for of, c in costs if of == name and not c["resumed"]] for name, _ in costs}
+    took = {name: [c["wall_seconds"] for of, c in costs if of == name and not c.get("resumed")] for name, _ in costs}
     return profile | {name: profile[name] | dict(seconds=fmean(s)) for name, s in took.items() if s and name in profile}

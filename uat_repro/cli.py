@@ -158,7 +158,7 @@ def status(
     profile, costs = _open_results(workdir), costs_of(workdir)
     todo = _stale(workdir, data_dir)
     states = {run: state_of(workdir, run.notebook) for run in todo}
-    spent, least = sum(c["wall_seconds"] for _, c in costs), "at least " * any(c["resumed"] for _, c in costs)
+    spent, least = sum(c["wall_seconds"] for _, c in costs), "at least " * any(c.get("resumed") for _, c in costs)
     done = len(result_files(profile)) + len(figures(profile)) - len(todo)
     left = Progress(todo, as_it_took(profile, costs), cores).left(0) if todo else 0
     if as_json: return print(json.dumps(dict(

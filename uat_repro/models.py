@@ -188,8 +188,9 @@ def _takes_documents(decoder: nn.Module) -> bool:
 # %% ../nbs/api/02_models.ipynb #02-models-30
 def _packed_beside_mask(inputs: Mapping) -> bool:
     "Whether rows have a mask of padding, and positions that begin again after a token."
-    if not {"position_ids", "attention_mask"} <= {*inputs}: return False
-    return bool(((inputs["position_ids"][:, 1:] == 0) & (inputs["attention_mask"][:, :-1] != 0)).any())
+    positions, mask = (inputs.get(name) for name in ("position_ids", "attention_mask"))
+    if positions is None or getattr(mask, "shape", None) != positions.shape: return False  # no mask of padding
+    return bool(((positions[:, 1:] == 0) & (mask[:, :-1] != 0)).any())
 
 def hidden_states(
     model: nn.Module,  # a causal language model, wrapped or not

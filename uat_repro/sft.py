@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 def _warn_of_questions(dataset, args: SFTConfig) -> None:
     "Where TRL would put questions among the tokens that are chosen from."
-    if "messages" in (getattr(dataset, "column_names", None) or ()) and not args.assistant_only_loss:
+    if "messages" in (getattr(dataset, "column_names", None) or ()) and not getattr(args, "assistant_only_loss", False):
         _log.warning("TRL trains questions too where rows are whole conversations, and a selection may take those "
                      "first: give prompt and completion, or rows of encode_all, or "
                      "SFTConfig(assistant_only_loss=True)")

@@ -252,7 +252,7 @@ def valid_tokens(
     first = torch.zeros_like(labels, dtype=torch.bool)
     first[:, 0] = True
     if position_ids is not None: first |= position_ids == 0
-    if attention_mask is not None: first[:, 1:] |= attention_mask[:, :-1] == 0
+    if getattr(attention_mask, "shape", None) == labels.shape: first[:, 1:] |= attention_mask[:, :-1] == 0
     return (labels != -100) & ~first
 
 def document_numbers(

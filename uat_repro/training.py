@@ -101,7 +101,8 @@ class _Counting(_Logging):
 
     def _get_train_sampler(self, train_dataset=None):
         lengths = _lengths(self.train_dataset if train_dataset is None else train_dataset)
-        return LengthSampler(lengths, self.args.train_batch_size, seed=self.args.seed if self.args.data_seed is None else self.args.data_seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthSampler(lengths, self.args.train_batch_size, seed=seed)
 
     def _get_num_items_in_batch(self, batch_samples: list, device) -> Tensor | None:
         "(2,) tokens to train on and to distil, in all micro-batches of a step and on all devices."

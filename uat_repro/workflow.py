@@ -301,7 +301,8 @@ def _plan_for(profile: dict, workdir: Path, *options: str, **call) -> list[Run]:
 def _list_runs(profile: dict, workdir: Path, cores: int, **call) -> int:
     "Print the plan; exit status."
     runs = _plan_for(profile, workdir, cores=cores, **call)
-    end = f"{len(runs)} runs, about {about(Progress(runs, as_it_took(profile, costs_of(workdir)), cores).left(0))} on {cores} cores"
+    left = Progress(runs, as_it_took(profile, costs_of(workdir)), cores).left(0)
+    end = f"{len(runs)} runs, about {about(left)} on {cores} cores"
     print(*runs, end if runs else f"nothing to do: {workdir} is up to date", sep="\n")
     return 0
 
