@@ -16,6 +16,11 @@ def test_the_sizes_are_those_of_the_readme():
     assert len(EXAMPLES) == 6 and all(any(value in example for example in EXAMPLES) for value in SMALLER)
 
 
+def test_links_lead_somewhere():
+    links = [target for target in re.findall(r"\]\(([^)\s#]+)", README) if not re.match(r"[a-z]+:", target)]
+    assert links and all((ROOT / target).exists() for target in links), links
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda text: "-".join(re.findall(r"(\w+)\(", text)[-2:]))
 def test_example_runs(example, tmp_path, monkeypatch):
     pytest.importorskip("reasoning_gym", reason="the examples read GSM-Symbolic: pip install reasoning-gym")
