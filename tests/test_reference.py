@@ -1,5 +1,5 @@
 """The results that the README quotes are those that are committed, and nothing else is."""
-import json, re
+import importlib, json, re
 from dataclasses import fields
 from pathlib import Path
 
@@ -33,6 +33,14 @@ def test_table_is_made_from_the_numbers(reference):
 @each
 def test_claims_of_the_reference_are_those_of_today(reference):
     assert [j.claim for j in read_judged(reference / "claims.json")] == list(read_claims())
+
+
+@each
+def test_pictures_are_drawn_from_the_tables_by_the_code_of_today(reference, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    importlib.import_module("redraw").redraw(reference, "fig3", tmp_path)
+    kept, again = (pd.read_csv(folder / "fig3.csv") for folder in (reference / "figures", tmp_path))
+    pd.testing.assert_frame_equal(again, kept, rtol=1e-6)
 
 
 def prose(notebook: str) -> str:
