@@ -356,7 +356,6 @@ def test_the_gpu_profile_runs_without_one_at_smoke_size(tmp_path):
         if "benchmarks" in block: block.update(models=["tiny-llama"], benchmarks=small)
         if "track" in block: block.update(track=2, track_every=1)
     few["regimes"] = {name: dict(how, documents=4, epochs=min(2, how["epochs"]), seeds=[0]) for name, how in gpu["regimes"].items()}
-    few["figures"] = {k: v for k, v in gpu["figures"].items() if k not in ("fig2a", "e11")}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(few))
     sums = [(f"What is {i} + {i}?", f"{i} + {i} = {2 * i}\n#### {2 * i}") for i in range(120)]
     problems = [dict(question=q, answer=a) for q, a in sums]
