@@ -2,7 +2,7 @@
 import json, subprocess, sys, time
 from pathlib import Path
 
-import pandas as pd
+import pandas as pd, pytest
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,22 +47,30 @@ def test_the_same_run_leaves_the_same_files_bit_for_bit(tmp_path):
     go("answers", "answers", prepared=prepared, arms=dict(mle={}, combined={}), problems=3)
 
 
-def test_a_run_that_is_killed_goes_on_behind_its_last_whole_seed(tmp_path):
-    prepared = str(tmp_path / "prepared")
-    assert start("prepare", out=prepared, counts=dict(train=16, validation=4, test=4), max_length=448).wait() == 0
-    def go(out): return start("train", prepared={"gsm_symbolic": prepared}, regime="one_pass", track=0, seeds=[0, 1], out=str(tmp_path / out))
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared")
+    assert start("prepare", out=str(folder / "data"), counts=dict(train=16, validation=4, test=4), max_length=448).wait() == 0
+    assert start("uncertainty", prepared=str(folder / "data"), out=str(folder / "uncertainty")).wait() == 0
+    return dict(prepared=str(folder / "data"), uncertainty=str(folder / "uncertainty"))
 
-    assert go("straight").wait() == 0
-    process, first = go("killed"), tmp_path / "killed/parts/seed-0"
+
+@pytest.mark.parametrize("name, kept, table, value", [("train", "records", "records", "nll"), ("subsets", "subsets", "subsets", "gain"),
+                                                      ("why_curriculum", "measured", "why_curriculum", "aleatoric")])
+def test_a_run_that_is_killed_goes_on_behind_its_last_whole_seed(name, kept, table, value, prepared, tmp_path):
+    given = dict(prepared, prepared={"gsm_symbolic": prepared["prepared"]}, regime="one_pass", track=0) if name == "train" else prepared
+    def go(out): return start(name, **given, seeds=[0, 1], out=str(tmp_path / out))
+
+    whole, process, first = go("straight"), go("killed"), tmp_path / "killed/parts/seed-0"
     while not first.exists() and process.poll() is None: time.sleep(.05)
     assert process.poll() is None
     process.kill()
     (first.parent / "of").touch()  # as the workflow vouches for it
-    records = pd.read_parquet(first / "records.parquet")
-    records.assign(nll=records["nll"] + 1).to_parquet(first / "records.parquet")  # shows that it is read
-    assert go("killed").wait() == 0
-    straight, killed = (pd.read_parquet(tmp_path / out / "records.parquet") for out in ("straight", "killed"))
-    pd.testing.assert_frame_equal(straight.assign(nll=straight["nll"] + (straight["seed"] == 0)), killed, check_exact=True)
+    part = pd.read_parquet(first / f"{kept}.parquet")
+    part.assign(**{value: part[value] + 1}).to_parquet(first / f"{kept}.parquet")  # shows that it is read
+    assert whole.wait() == go("killed").wait() == 0
+    straight, killed = (pd.read_parquet(tmp_path / out / f"{table}.parquet") for out in ("straight", "killed"))
+    pd.testing.assert_frame_equal(straight.assign(**{value: straight[value] + (straight["seed"] == 0)}), killed, check_exact=True)
     assert not first.parent.exists()
     assert [json.loads((tmp_path / out / "cost.json").read_text())["resumed"] for out in ("straight", "killed")] == [False, True]
 
