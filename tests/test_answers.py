@@ -14,7 +14,7 @@ SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_lay
              num_key_value_heads=2, head_dim=8, max_position_embeddings=64, sliding_window=6, pad_token_id=0,
              bos_token_id=1, eos_token_id=2)
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "granite", "smollm3",
-            "olmo2"]
+            "olmo2", "qwen3_next", "qwen3_5_text", "llama4_text"]
 
 
 def build(family, tied):

@@ -179,7 +179,8 @@ def test_a_decoder_that_changes_what_enters_its_first_layer_is_not_cut(family, m
         models.split_layers(small(family, **more), 1)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral", "cohere", "granite"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral", "cohere", "granite", "llama4_text", "qwen3_next", "qwen3_5_text",
+                                    "olmo_hybrid", "jetmoe", "falcon_h1"])  # from Llama 4 on: layers of several kinds
 def test_other_decoders_are_cut(family):
     model, ids = small(family), torch.arange(3, 20)[None]
     trunk, top = models.split_layers(model, 1)

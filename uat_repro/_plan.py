@@ -24,7 +24,7 @@ from ._gpu import on_gpu
 from ._weights import PACKAGED_WEIGHTS, TINY, model_folder
 from .evaluation import role_of
 from .head import GPU_LOGITS
-from .models import split_layers
+from .models import decoder_of, split_layers
 from .objective import Objective
 from .results import catalogue, datasets_of, figures, runs_of
 from .workflow import about, load_profile, parameters
@@ -91,7 +91,7 @@ def _kept(model, inputs: dict, bf16: bool) -> int:
         kept[storage._cdata] = storage
         return tensor
     with (torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-          torch.autocast("cpu", torch.bfloat16, enabled=bf16)): model.get_decoder()(**inputs)
+          torch.autocast("cpu", torch.bfloat16, enabled=bf16)): decoder_of(model)(**inputs)
     return sum(s.nbytes() for key, s in kept.items() if key not in own)
 
 def _count(model, inputs: dict) -> tuple[int, int]:

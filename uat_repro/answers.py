@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from ._templates import render_chat
-from .models import eval_mode, family_of
+from .models import decoder_of, eval_mode, family_of, layer_types, set_layers
 from .records import record_id, to_messages
 
 # %% ../nbs/api/10a_answers.ipynb #10a-answers-07
@@ -34,14 +34,11 @@ def join_layers(
 ) -> PreTrainedModel:  # the whole model, for tokens; shares the weights of both
     "The inverse of `split_layers`: the layers of a top above those of a trunk."
     model, family = _sharing(top), family_of(top)
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     config = decoder.config
     lower = _sharing(getattr(trunk, family.layers), {id(trunk.config): config})  # all layers read one config
-    layers = nn.ModuleList([*lower, *getattr(decoder, family.layers)])
-    for i, one in enumerate(layers): getattr(one, family.attention).layer_idx = i  # place in the key-value cache
-    setattr(decoder, family.layers, layers)
-    if getattr(config, "layer_types", None): config.layer_types = [*trunk.config.layer_types, *config.layer_types]
-    config.num_hidden_layers = len(layers)
+    types = [*layer_types(trunk), *layer_types(decoder)]
+    set_layers(decoder, nn.ModuleList([*lower, *getattr(decoder, family.layers)]), types)
     model.set_input_embeddings(trunk.get_input_embeddings())
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     model.config.tie_word_embeddings = config.tie_word_embeddings = tied
