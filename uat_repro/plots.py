@@ -47,15 +47,15 @@ OBJECTIVES = dict(
 # %% ../nbs/api/16_plots.ipynb #16-plots-09
 LABELS = {name: how.label for name, how in OBJECTIVES.items()} | {
     "smollm2-135m": "SmolLM2-135M", "gemma-3-270m": "Gemma 3 270M (base)", "qwen2.5-coder-0.5b": "Qwen2.5-Coder 0.5B",
-    "qwen2.5-coder-1.5b": "Qwen2.5-Coder 1.5B"} | dict(
-    alpaca="Alpaca", gsm8k="GSM8K", gsm_symbolic="GSM-Symbolic", sharegpt="ShareGPT", id="ID", ood="OOD",
-    one_pass="one pass", repeated="repeated passes", last="last checkpoint", best="best checkpoint",
-    initial="untrained model", loss="predictive loss", entropy="predictive entropy", total="total uncertainty",
-    epistemic="epistemic uncertainty", aleatoric="aleatoric uncertainty", nll="NLL", kl="KL", selected="in the mask",
-    share="epistemic share", overlap="overlap with the first mask", inflation="rise of the loss",
-    spearman="rank correlation", correlation="rank correlation", jaccard="overlap of top quarters",
-    agreement="agreement of halves", lora_ensemble="LoRA ensemble", distance="distance from the solution",
-    keep="kept fraction $k$", distill_weight="distillation weight $\\lambda$")
+    "qwen2.5-coder-1.5b": "Qwen2.5-Coder 1.5B", "tiny-llama": "tiny Llama (random)",
+    "tiny-gemma2": "tiny Gemma 2 (random)", "tiny-phi3": "tiny Phi 3 (random)", "id": "ID", "ood": "OOD"} | dict(
+    alpaca="Alpaca", gsm8k="GSM8K", one_pass="one pass", gsm_symbolic="GSM-Symbolic", sharegpt="ShareGPT", kl="KL",
+    repeated="repeated passes", last="last checkpoint", best="best checkpoint", initial="untrained model", nll="NLL",
+    total="total uncertainty", loss="predictive loss", entropy="predictive entropy", aleatoric="aleatoric uncertainty",
+    share="epistemic share", epistemic="epistemic uncertainty", selected="in the mask", inflation="rise of the loss",
+    overlap="overlap with the first mask", spearman="rank correlation", correlation="rank correlation",
+    jaccard="overlap of top quarters", agreement="agreement of halves", lora_ensemble="LoRA ensemble",
+    distance="distance from the solution", keep="kept fraction $k$", distill_weight="distillation weight $\\lambda$")
 
 # %% ../nbs/api/16_plots.ipynb #16-plots-10
 def label(
