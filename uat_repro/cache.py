@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from .models import eval_mode, hidden_states, split_layers, weights_hash
+from .models import eval_mode, hidden_states, split_layers, unwrap, weights_hash
 from .tokens import document_numbers
 
 # %% ../nbs/api/04_cache.ipynb #04-cache-09
@@ -31,18 +31,25 @@ def record_key(
     return hashlib.sha256(str(list(map(int, input_ids))).encode()).hexdigest()[:16]
 
 # %% ../nbs/api/04_cache.ipynb #04-cache-12
+_IDLE = {"_name_or_path", "architectures", "dtype", "initializer_range", "tie_word_embeddings", "transformers_version",
+         "use_cache"}  # keys of a config that change no state, beside dropout and the ids of special tokens
+
+def _key(x: object) -> str:  # 16 hexadecimal digits
+    return hashlib.sha256(json.dumps(x, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
 def cache_identity(
     model: nn.Module,  # the model whose states are kept
     dataset: Sequence,  # rows with `input_ids`
     layer: int,  # the layer that the states enter, L, or -1 for the last states
 ) -> dict:  # equal for equal states
-    "The dependencies of a data set's states: weights, adapters, layer, and every token of every record, in order."
+    "The dependencies of a data set's states: weights, config, adapters, layer, and every token of every record."
     records = [record_key(row["input_ids"]) for row in dataset]
     below = dataset.cache.key if hasattr(dataset, "cache") else ""  # states that stand in for the tokens
     adapters = [(name, m.scaling, m.active_adapters, m.disable_adapters) for name, m in model.named_modules()
                 if isinstance(getattr(m, "scaling", None), dict)]  # LoRA's layers
-    acts = dict(adapters=hashlib.sha256(repr(adapters).encode()).hexdigest()[:16]) if adapters else {}
-    return dict(model=weights_hash(model), layer=layer, records=records, below=below) | acts
+    acts = {k: v for k, v in unwrap(model).config.to_diff_dict().items()
+            if k not in _IDLE and "drop" not in k and not k.endswith("_token_id")}
+    return dict(model=weights_hash(model), config=_key([acts, adapters]), layer=layer, records=records, below=below)
 
 # %% ../nbs/api/04_cache.ipynb #04-cache-15
 @torch.no_grad()
@@ -82,9 +89,6 @@ def _plan(lengths: Sequence[int]) -> list[list[int]]:
     return parts
 
 # %% ../nbs/api/04_cache.ipynb #04-cache-24
-def _key(identity: object) -> str:  # 16 hexadecimal digits
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-
 def _labels(index: dict) -> list[dict[str, str]]:
     "The metadata of each file of a cache."
     key, lengths = _key(index["identity"]), index["lengths"]
