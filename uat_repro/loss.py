@@ -202,11 +202,10 @@ def sum_chunks(
 ) -> tuple[Tensor, TokenScores, Tensor]:  # sum, differentiable once; scores (N,) and divergence (K,), detached
     "Both terms of the loss and the scores of all tokens, a chunk of tokens after the other."
     check_targets(targets, head)
-    n, size = len(hidden), max(LEAST, chunk_size(len(head.weight), device=hidden.device.type))
+    n, size, wanted = len(hidden), max(LEAST, chunk_size(len(head.weight), device=hidden.device.type)), _wants(hidden)
     numbers, kl = torch.zeros(3, n, device=hidden.device), torch.zeros(len(kl_weight), device=hidden.device)
     correct = torch.zeros(n, dtype=torch.bool, device=hidden.device)
     gradient, made_from = torch.zeros_like(hidden, dtype=torch.float32), operands(head.weight)
-    wanted = _wants(hidden)
     for i in range(0, n, size):
         rows = slice(i, i + size)
         with torch.no_grad():
