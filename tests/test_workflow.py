@@ -331,7 +331,7 @@ def test_smoke_profile_draws_everything(tmp_path):
     assert set(figures(smoke)) == set(FIGURES)
     for name in set(FIGURES) - {"claims", "t1"}:
         assert (work / f"figures/{name}.png").stat().st_size > 5000 and len(pd.read_csv(work / f"figures/{name}.csv"))
-    assert "| tiny-gemma2 |" in (work / "figures/t1.md").read_text()
+    assert "| tiny Gemma 2 (random) |" in (work / "figures/t1.md").read_text()
     for run in runs_of(smoke, "train"):
         result = json.loads((work / folder_of("train", run) / "result.json").read_text())
         assert result["identity"]["objective"] == run["objective"] and result["manifest"]["versions"]["torch"]
