@@ -16,7 +16,9 @@ COLUMNS = {  # reference, model, training data
     "SmolLM2, upper layers, GSM8K": ("cpu-full", "smollm2-135m", "gsm8k"),
     "SmolLM2, upper layers, Alpaca": ("cpu-full", "smollm2-135m", "alpaca"),
     "SmolLM2, all layers, GSM8K": ("gpu", "smollm2-135m", "gsm8k"),
-    "Gemma 3 (base), all layers, GSM8K": ("gpu", "gemma-3-270m", "gsm8k")}
+    "Gemma 3 (base), all layers, GSM8K": ("gpu", "gemma-3-270m", "gsm8k"),
+    "Gemma 3 (base), upper layers, GSM8K": ("cpu-families", "gemma-3-270m", "gsm8k"),
+    "Qwen2.5-Coder 0.5B, upper layers, GSM8K": ("cpu-families", "qwen2.5-coder-0.5b", "gsm8k")}
 ROWS = {  # claim or control, and which of its measures
     ("C1", 0): "epistemic uncertainty and loss, rank correlation", ("C1", 1): "the same, minus that of aleatoric uncertainty and loss",
     ("C2", 0): "aleatoric uncertainty and entropy, rank correlation",
