@@ -43,6 +43,12 @@ def test_pictures_are_drawn_from_the_tables_by_the_code_of_today(reference, tmp_
     pd.testing.assert_frame_equal(again, kept, rtol=1e-6)
 
 
+def test_a_picture_that_would_lose_rows_is_not_drawn_again(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    with pytest.raises(ValueError, match="t1 also shows untrained, whose tables"):
+        importlib.import_module("redraw").redraw(ROOT / "reference" / "gpu", "t1", tmp_path)
+
+
 def prose(notebook: str) -> str:
     cells = json.loads((ROOT / "nbs" / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
     return "\n".join("".join(cell["source"]) for cell in cells)

@@ -33,6 +33,8 @@ def unpack(reference: Path, results: Path) -> None:
 def redraw(reference: Path, name: str, out: Path) -> None:
     "One figure of a reference, drawn by today's code into the folder `out`."
     profile, notebook = read_json(reference / "profile.json"), NBS / f"{catalogue()['figures'][name]['notebook']}.ipynb"
+    lost = [e for e in catalogue()["figures"][name]["reads"] if e not in TABLES.values() and [*(reference / "runs").glob(f"{e}-*")]]
+    if lost: raise ValueError(f"{name} also shows {lost[0]}, whose tables {reference} does not keep: draw it in its run")
     with TemporaryDirectory() as results:
         unpack(reference, Path(results))
         runs = [str(Path(f).parent) for f in figures(profile)[name] if (Path(results) / f).exists()]

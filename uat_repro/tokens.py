@@ -125,7 +125,7 @@ def encode_all(
     left_out: Counter | None = None,  # is filled with the number of records for each reason
 ) -> Dataset:  # columns `input_ids`, `labels`, `id`, `cluster`; `loss_weights` and `source` where they differ
     "Encode records, leaving out those that can't be used; a `ValueError` if none is left."
-    if too_long not in ("error", "drop", "crop"): raise ValueError(f"too_long={too_long!r}: it is one of error, drop, crop")
+    if too_long not in ("error", "drop", "crop"): raise ValueError(f"{too_long=}: it is one of error, drop, crop")
     records, rows, partial, skipped = list(records), [], 0, Counter() if left_out is None else left_out
     for record in tqdm(records, desc="encode", leave=False, delay=2):
         try: row, whole = _encode(record, tokenizer, max_length, crop=too_long == "crop")
