@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from ._arguments import DataDir, Json, Reading, Split, Template, Training, option, takes
+from ._arguments import DataDir, Json, Profile, Reading, Split, Template, Training, option, takes
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-08
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -55,7 +55,7 @@ def main(
 # %% ../nbs/api/18_cli.ipynb #18-cli-12
 @app.command()
 def reproduce(
-    profile: option(str, help="cpu, smoke, cpu-full, cpu-families, cpu-1b, gpu, paper, or a .yaml file") = "cpu",
+    profile: Profile = "cpu",
     only: option(list[str] | None, help="A figure, such as fig2a, or claims; may be repeated.") = None,
     dry_run: option(bool, "--dry-run", help="List the runs, and stop.") = False,
     workdir: option(Path | None, help="Folder of results; `results` for cpu, else `results-<profile>`.") = None,
@@ -80,7 +80,7 @@ def reproduce(
 # %% ../nbs/api/18_cli.ipynb #18-cli-57
 @app.command()
 def plan(
-    profile: option(str, help="cpu, smoke, cpu-full, cpu-families, cpu-1b, gpu, paper, or a .yaml file") = "cpu",
+    profile: Profile = "cpu",
     data_dir: DataDir = None,
     as_json: Json = False,
 ):

@@ -242,7 +242,7 @@ def token_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:  # sum, differentiable once; loss and divergence (N,), detached, 0 where unweighted
     "Predictive loss and divergence from a teacher (equations 7 and 8), weighted and summed, forward and backward."
     rows, first, end = _sort(weight, torch.zeros_like(weight) if kl_weight is None else kl_weight)
-    h, zero = hidden[rows], torch.zeros_like(weight)
+    h, zero = hidden if (first, end, len(rows)) == (0, 0, len(hidden)) else hidden[rows], torch.zeros_like(weight)
     if not _trains(head):
         total, scores, divergence = _in_chunks(rows, end, hidden, targets, head, weight, kl_weight, teacher_hidden,
                                                teacher_head, temperature)
