@@ -55,22 +55,26 @@ def prepared(tmp_path_factory):
     return dict(prepared=str(folder / "data"), uncertainty=str(folder / "uncertainty"))
 
 
-@pytest.mark.parametrize("name, kept, table, value", [("train", "records", "records", "nll"), ("subsets", "subsets", "subsets", "gain"),
-                                                      ("why_curriculum", "measured", "why_curriculum", "aleatoric")])
-def test_a_run_that_is_killed_goes_on_behind_its_last_whole_seed(name, kept, table, value, prepared, tmp_path):
-    given = dict(prepared, prepared={"gsm_symbolic": prepared["prepared"]}, regime="one_pass", track=0) if name == "train" else prepared
-    def go(out): return start(name, **given, seeds=[0, 1], out=str(tmp_path / out))
+@pytest.mark.parametrize("name, part, kept, table, value", [
+    ("train", "seed-0", "records", "records", "nll"), ("subsets", "seed-0", "subsets", "subsets", "gain"),
+    ("why_curriculum", "seed-0", "measured", "why_curriculum", "aleatoric"),
+    ("posteriors", "dropout-0", "natural", "posteriors", "loss")])
+def test_a_run_that_is_killed_goes_on_behind_its_last_whole_part(name, part, kept, table, value, prepared, tmp_path):
+    given = dict(prepared=prepared["prepared"]) if name == "posteriors" else dict(prepared, seeds=[0, 1])
+    if name == "train": given |= dict(prepared={"gsm_symbolic": prepared["prepared"]}, regime="one_pass", track=0)
+    def go(out): return start(name, **given, out=str(tmp_path / out))
 
-    whole, process, first = go("straight"), go("killed"), tmp_path / "killed/parts/seed-0"
+    whole, process, first = go("straight"), go("killed"), tmp_path / "killed/parts" / part
     while not first.exists() and process.poll() is None: time.sleep(.05)
     assert process.poll() is None
     process.kill()
     (first.parent / "of").touch()  # as the workflow vouches for it
-    part = pd.read_parquet(first / f"{kept}.parquet")
-    part.assign(**{value: part[value] + 1}).to_parquet(first / f"{kept}.parquet")  # shows that it is read
+    rows = pd.read_parquet(first / f"{kept}.parquet")
+    rows.assign(**{value: rows[value] + 1}).to_parquet(first / f"{kept}.parquet")  # shows that it is read
     assert whole.wait() == go("killed").wait() == 0
     straight, killed = (pd.read_parquet(tmp_path / out / f"{table}.parquet") for out in ("straight", "killed"))
-    pd.testing.assert_frame_equal(straight.assign(**{value: straight[value] + (straight["seed"] == 0)}), killed, check_exact=True)
+    of = straight["setting" if name == "posteriors" else "seed"]
+    pd.testing.assert_frame_equal(straight.assign(**{value: straight[value] + (of == 0)}), killed, check_exact=True)
     assert not first.parent.exists()
     assert [json.loads((tmp_path / out / "cost.json").read_text())["resumed"] for out in ("straight", "killed")] == [False, True]
 
