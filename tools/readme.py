@@ -11,14 +11,15 @@ from uat_repro.results import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 INDEX = ROOT / "nbs" / "index.ipynb"
-COLUMNS = {  # reference, model, training data
+COLUMNS = {  # reference, model, training data; regime, if not one pass
     "SmolLM2, upper layers, GSM-Symbolic": ("cpu", "smollm2-135m", "gsm_symbolic"),
     "SmolLM2, upper layers, GSM8K": ("cpu-full", "smollm2-135m", "gsm8k"),
     "SmolLM2, upper layers, Alpaca": ("cpu-full", "smollm2-135m", "alpaca"),
     "SmolLM2, all layers, GSM8K": ("gpu", "smollm2-135m", "gsm8k"),
     "Gemma 3 (base), all layers, GSM8K": ("gpu", "gemma-3-270m", "gsm8k"),
     "Gemma 3 (base), upper layers, GSM8K": ("cpu-families", "gemma-3-270m", "gsm8k"),
-    "Qwen2.5-Coder 0.5B, upper layers, GSM8K": ("cpu-families", "qwen2.5-coder-0.5b", "gsm8k")}
+    "Qwen2.5-Coder 0.5B, upper layers, GSM8K": ("cpu-families", "qwen2.5-coder-0.5b", "gsm8k"),
+    "SmolLM2, upper layers, GSM-Symbolic, trained too long": ("cpu-repeated", "smollm2-135m", "gsm_symbolic", "too_long")}
 ROWS = {  # claim or control, and which of its measures
     ("C1", 0): "epistemic uncertainty and loss, rank correlation", ("C1", 1): "the same, minus that of aleatoric uncertainty and loss",
     ("C2", 0): "aleatoric uncertainty and entropy, rank correlation",
@@ -32,12 +33,12 @@ ROWS = {  # claim or control, and which of its measures
 SIGNS = {"supported": "✓", "contradicted": "✗", "no effect": "=", "undecided": "?"}
 
 
-def cell_of(judged: Judged, measure: int, model: str, data: str) -> str:
-    "What one run found for a measure, after one pass where a checkpoint is judged."
+def cell_of(judged: Judged, measure: int, model: str, data: str, regime: str = "one_pass") -> str:
+    "What one run found for a measure, in one regime where a checkpoint is judged."
     for f in judged.findings:
         s = f.setting
         if f.measure != judged.claim.measures[measure] or s["model"] != model: continue
-        if data not in (s.get("trained_on"), s.get("dataset")) or "checkpoint" in s and s["regime"] != "one_pass": continue
+        if data not in (s.get("trained_on"), s.get("dataset")) or "checkpoint" in s and s["regime"] != regime: continue
         return f"{SIGNS[f.verdict.split(',')[0]]} {f.effect}"
     return ""
 
