@@ -88,5 +88,8 @@ def token_loss_metrics() -> dict[str, Callable]:  # to give to a `transformers.T
         return F.cross_entropy(logits[:, :-1].float().mT, labels[:, 1:], reduction="none")
     def mean(gathered: EvalPrediction) -> dict[str, float]:
         answered = gathered.label_ids[:, 1:] != -100
+        if not answered.any():
+            raise ValueError("no label of the evaluation records is a token, all are -100: "
+                             "leave the responses' tokens in the labels")
         return dict(token_loss=gathered.predictions[answered].mean(dtype="float64").item())
     return dict(preprocess_logits_for_metrics=losses, compute_metrics=mean)
