@@ -107,16 +107,25 @@ def test_a_top_that_was_trained_over_kept_states_answers(tmp_path):
     assert exact_match(model, tok, [problem(3)], max_new_tokens=3)["cut"].all()
 
 
-def test_batches_padding_ids_and_settings_of_a_model_change_no_answer(tmp_path):
+@pytest.mark.parametrize("settings", [dict(repetition_penalty=5.0), dict(no_repeat_ngram_size=1), dict(suppress_tokens=[*range(60, 200)]),
+                                      dict(num_beams=3, num_return_sequences=3), dict(stop_strings=["a"])])
+def test_batches_padding_ids_and_settings_of_a_model_change_no_answer(tmp_path, settings):
     model, tok = teach(tmp_path, 20)
     records = [dict(problem(i), messages=[dict(role="user", content="?" * (1 + 7 * i)), *problem(i)["messages"][1:]])
                for i in range(5)]
     alone = exact_match(model, tok, records, max_new_tokens=12, batch_size=1)
     tok.pad_token = model.generation_config.pad_token_id = model.config.pad_token_id = None
-    model.generation_config.repetition_penalty = 5.0
+    for name, value in settings.items(): setattr(model.generation_config, name, value)
+    own = model.generation_config
     model.train()
     together = exact_match(model, tok, records, max_new_tokens=12, batch_size=3)
-    assert together.equals(alone) and model.training
+    assert together.equals(alone) and model.training and model.generation_config is own
+
+
+def test_a_base_model_is_told_how_to_get_a_template():
+    tok = tiny_tokenizer()
+    tok.chat_template = None
+    with pytest.raises(ValueError, match="has no chat template: .*--chat-template plain.*PLAIN_TEMPLATE"): exact_match(tiny_model(), tok, [problem(1)])
 
 
 def test_the_head_gets_whole_states_and_keeps_no_hook():

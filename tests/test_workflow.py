@@ -1,5 +1,5 @@
 """Snakemake, papermill and the command line, for real: on stand-in notebooks where only the order matters, and on the real ones at smoke size."""
-import ast, json, os, re, signal, subprocess, sys, time
+import ast, json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import nbformat, pandas as pd, pytest, yaml
@@ -7,6 +7,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from uat_repro import workflow
 from uat_repro._verify import sealed, state_of
+from uat_repro.cli import main
 from uat_repro.results import AXES, catalogue, claim_folder, figures, folder_of, result_files, runs_of, write_json
 from uat_repro._code import code_digest, known_parameters
 from uat_repro.workflow import FLOW, load_profile, parameters, plan, reproduce, snakemake_command
@@ -88,6 +89,48 @@ def test_fails_mends_and_reruns_only_what_changed(nbs, profile, tmp_path, capfd)
     with pytest.raises(ValueError, match=r"configuration \(seeds is \[0\] there and \[0, 1\] here\)"): go(changes=dict(seeds=[0, 1]))
     claim_folder(work, load_profile(profile(seeds=[0, 1])), update=True)
     assert {r.rule for r in plan(snakemake_command(work, nbs))} >= {"train", "claims"} and "uncertainty" not in todo(), "a new seed trains"
+
+
+def test_finished_runs_go_on_elsewhere_unless_they_were_made_from_something_else(nbs, profile, tmp_path, monkeypatch, capfd):
+    "As one does it: pack the folder of results, carry it on, import it, reproduce."
+    made = dict(identity=dict(model="tiny-llama", dataset="sharegpt"), manifest=dict(data=dict(sharegpt="a"), weights={"tiny-llama": "w"}))
+    for entry in EXPERIMENTS.values():
+        seal = f"\\nfrom uat_repro._verify import sealed; from uat_repro.results import write_json; write_json(Path(out, 'result.json'), sealed({made}, out))"
+        edit(nbs / f"{entry['notebook']}.ipynb", "write_text('[]')", "write_text('[]')" + seal)
+    monkeypatch.setattr("uat_repro.results.notebooks_folder", lambda: nbs)
+    work, train = tmp_path / "results", nbs / "experiments" / "train.ipynb"
+    assert reproduce(profile(), workdir=work, notebooks=nbs) == 0
+    def take(source, into):
+        "What `uat-repro import` says, and its exit status."
+        capfd.readouterr()
+        status = main(["import", str(source), "--workdir", str(tmp_path / into)])
+        return status, capfd.readouterr().out.replace(f"{tmp_path}/", "")
+    def todo(into): return {run.rule for run in plan(snakemake_command(tmp_path / into, nbs)) if run.rule in EXPERIMENTS}
+    runs = len(result_files(load_profile(profile())))
+    packed = shutil.make_archive(str(tmp_path / "runs"), "gztar", tmp_path, "results")
+
+    assert take(packed, "there") == (0, f"{runs} runs taken into there\n") and todo("there") == set()
+    assert take(packed, "there") == (0, "0 runs taken into there\n")
+
+    edit(train, "write_text('[]')", "write_text('[1]')")
+    assert take(packed, "newer") == (1, f"train tiny-llama sharegpt repeated mle is stale here: its code, its data, or what it reads is another\n{runs} runs taken into newer\n")
+    assert todo("newer") == {"train"}
+    edit(train, "write_text('[1]')", "write_text('[]')")
+
+    shutil.copytree(work, tmp_path / "shown", ignore=shutil.ignore_patterns(".*"))
+    status, said = take(tmp_path / "shown", "bare")
+    assert status == 1 and said.count("has no records of Snakemake") == runs and said.endswith("0 runs taken into bare\n")
+
+    prepared = tmp_path / "mine" / "prepare" / "tiny-llama-sharegpt"
+    claim_folder(tmp_path / "mine", load_profile(profile()))
+    prepared.mkdir(parents=True)
+    write_json(prepared / "result.json", sealed(made | dict(manifest=dict(data=dict(sharegpt="b"), weights={"tiny-llama": "w"})), prepared))
+    status, said = take(packed, "mine")
+    assert status == 1 and said.count("was made from other records of sharegpt, or other weights, than those here") == runs - 1
+
+    unsealed = work / "train" / "tiny-llama-sharegpt-repeated-mle" / "result.json"
+    unsealed.write_text("{}")
+    assert "train/tiny-llama-sharegpt-repeated-mle has no hashes of its files" in take(work, "unsealed")[1]
 
 
 @pytest.mark.parametrize("changes, message", [

@@ -8,11 +8,11 @@ Docs: https://uat-repro.github.io/uat-repro/api/archive.html.md"""
 __all__ = ['import_runs']
 
 # %% ../nbs/api/11b_archive.ipynb #11b-archive-03
-import base64, os, shutil, tarfile, tempfile, time
+import base64, lzma, os, shutil, tarfile, tempfile, time, zlib
 from pathlib import Path
 
-from ._verify import altered
-from .results import claim_folder, locked, read_json, result_files
+from ._verify import altered, is_reference
+from .results import claim_folder, folder_of, locked, read_json, result_files
 
 # %% ../nbs/api/11b_archive.ipynb #11b-archive-05
 def _folder_in(source: Path, scratch: str) -> Path:
@@ -21,8 +21,11 @@ def _folder_in(source: Path, scratch: str) -> Path:
     else:
         try:
             with tarfile.open(source) as archive: archive.extractall(scratch, filter="data")
-        except (OSError, tarfile.TarError) as e: raise ValueError(f"{source} can't be read as a tar archive: {e}") from e
+        except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError) as e:
+            raise ValueError(f"{source} can't be read as a tar archive: {e}") from e
         found = sorted(Path(scratch).rglob("profile.json"), key=lambda p: len(p.parts))
+    if found and is_reference(found[0].parent):
+        raise ValueError(f"{source} is a reference, which keeps tables of runs and not the runs: give the folder of results")
     if found and found[0].is_file(): return found[0].parent
     raise ValueError(f"{source} holds no results of ours: give a folder that `uat-repro reproduce` has filled, "
                      "or a tar archive of it")
@@ -44,6 +47,24 @@ def _files(home: Path, run: Path) -> list[Path]:
             *sorted(own, key=lambda p: p == run / "result.json")]
 
 # %% ../nbs/api/11b_archive.ipynb #11b-archive-09
+def _made_from_others(about: dict, workdir: Path) -> str:
+    "The data set whose records or weights are others here than those that a run was made from; empty where all agree."
+    made, model = about.get("manifest", {}), about.get("identity", {}).get("model")
+    for dataset, hash in made.get("data", {}).items():
+        prepared = workdir / folder_of("prepare", dict(model=model, dataset=dataset)) / "result.json"
+        here = read_json(prepared)["manifest"] if prepared.exists() else made
+        if (here["data"][dataset], here["weights"]) != (hash, made["weights"]): return dataset
+    return ""
+
+def _fault(home: Path, run: Path, workdir: Path) -> str:
+    "What speaks against taking a run; empty where nothing does."
+    if wrong := altered(home / run): return wrong[0].replace(f"{home}/", "")
+    about = read_json(home / run / "result.json")
+    if not isinstance(about, dict) or "seal" not in about: return f"{run} has no hashes of its files"
+    if not _records(home, run): return f"{run} has no records of Snakemake: copy hidden files too (.snakemake)"
+    other = _made_from_others(about, workdir) if "dataset" in about.get("identity", {}) else ""
+    return f"{run} was made from other records of {other}, or other weights, than those here" if other else ""
+
 def import_runs(
     source: str | Path,  # a folder of results, or a tar archive of one
     workdir: str | Path,  # the folder of results that takes them; made where there is none
@@ -58,7 +79,7 @@ def import_runs(
             for run in (Path(f).parent for f in result_files(profile)):
                 if ".." in run.parts: raise ValueError(f"{source} names the run {run}, which lies outside of it")
                 if (workdir / run / "result.json").exists() or not (home / run / "result.json").exists(): continue
-                if wrong := altered(home / run): faults.append(wrong[0].replace(f"{home}/", "")); continue
+                if fault := _fault(home, run, workdir): faults.append(fault); continue
                 for file in _files(home, run):
                     (workdir / file).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(home / file, workdir / file)

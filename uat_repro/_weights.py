@@ -108,8 +108,10 @@ def _once(
             if is_whole(done): return done  # made by another process meanwhile
             for left in (part, done): shutil.rmtree(left, ignore_errors=True)
             part.mkdir()
-            write(part)
-            part.rename(done)
+            try:
+                write(part)
+                part.rename(done)
+            finally: shutil.rmtree(part, ignore_errors=True)  # a joined file of gigabytes, say
     except OSError as e:
         if e.errno not in _UNWRITABLE: raise
         raise OSError(f"cannot write {done} ({os.strerror(e.errno)}): set UAT_REPRO_CACHE or XDG_CACHE_HOME to a "
@@ -221,8 +223,8 @@ def absent_parts(weights: PackagedWeights) -> list[str]:
 def _parts(weights: PackagedWeights) -> list[Path]:  # in the order of their numbers
     "The files in installed packages that make up a GGUF file."
     files = [file for requirement in weights.parts for file in _installed(requirement).files or []]
-    found = [(int(part[1] or 0), file.locate()) for file in files if (part := _PART.search(file.name))]
-    return [Path(path) for _, path in sorted(found)]
+    found = [(int(part[1] or 0), Path(file.locate())) for file in files if (part := _PART.search(file.name))]
+    return [path for _, path in sorted(found) if path.is_file()]
 
 # %% ../nbs/api/02a_weights.ipynb #02a-weights-18g
 def _sources(name: str) -> tuple[list[Path], str]:

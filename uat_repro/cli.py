@@ -95,14 +95,11 @@ def _stale(workdir: Path, data_dir: Path | None) -> list:
     from uat_repro.workflow import plan, snakemake_command
     return plan(snakemake_command(workdir, notebooks_folder(), data_dir=data_dir))
 
-def _is_reference(workdir: Path) -> bool:
-    "Whether a folder is what `make reference` keeps of results: tables and `runs`, which names each run."
-    return (workdir / "runs").is_dir()
-
 def _open_results(workdir: Path) -> dict:
     "The profile of a folder of results. Raises where it is a reference, or somebody else's."
+    from uat_repro._verify import is_reference
     from uat_repro.results import read_json
-    if _is_reference(workdir):
+    if is_reference(workdir):
         raise ValueError(f"{workdir} is a reference, which keeps tables of runs and not the runs: "
                          f"`uat-repro claims {workdir}` judges them")
     config = workdir / "profile.json"
@@ -131,9 +128,9 @@ def claims(
 ):
     """Print the claims, in short on a terminal and as Markdown into a file; the exit status is 1 where a result is
     missing or older than the code that makes it."""
-    from uat_repro._verify import altered
+    from uat_repro._verify import altered, is_reference
     from uat_repro.results import result_files
-    own, remedy = (workdir / "profile.json").exists() and not _is_reference(workdir), "run `uat-repro reproduce` again"
+    own, remedy = (workdir / "profile.json").exists() and not is_reference(workdir), "run `uat-repro reproduce` again"
     runs = result_files(_open_results(workdir)) if own else []
     print(_claims_text(workdir, as_json))
     if missing := [f for f in runs if not (workdir / f).exists()]:
@@ -202,14 +199,14 @@ def import_finished(
     workdir: option(Path, help="Folder of results that takes the runs.") = Path("results"),
     data_dir: DataDir = None,
 ):
-    "Take finished runs from another folder of results, or from an archive of one."
+    "Take finished runs from another folder of results, or from an archive; the exit status is 1 where some don't fit."
     from uat_repro._archive import import_runs
     from uat_repro._verify import state_of
     taken, faults = import_runs(archive, workdir)
     states = [(run, state_of(workdir, run.notebook)) for run in _stale(workdir, data_dir)] if taken else []
-    for line in [*faults, *(f"{run} is older than the code here" for run, state in states if state == "stale")]:
-        print(line)
-    print(f"{len(taken)} runs taken into {workdir}")
+    faults += [f"{run} is stale here: its code, its data, or what it reads is another" for run, s in states if s == "stale"]
+    print(*faults, f"{len(taken)} runs taken into {workdir}", sep="\n")
+    raise typer.Exit(1 if faults else 0)
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-25
 def _check_notebooks():

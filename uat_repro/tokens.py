@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 from tqdm import tqdm
 
-from ._templates import PLAIN_TEMPLATE, TEMPLATE_DATE, Unusable, label_chat, use_template
+from ._templates import PLAIN_TEMPLATE, TEMPLATE_DATE, Unusable, label_chat, require_template, use_template
 from .records import NoRecords, record_id, to_messages
 
 _log = logging.getLogger(__name__)
@@ -48,13 +48,10 @@ def _fit(labels: list[int], max_length: int | None, crop: bool) -> None:
 
 def _require(tokenizer, messages: list[dict]) -> None:
     "Raise if a tokenizer has no chat template for a conversation, or does not know where its tokens stand."
-    name = tokenizer.name_or_path or "this model"
-    if not tokenizer.chat_template and messages[0]["role"] != "text":
-        raise ValueError(f"the tokenizer of {name} has no chat template: take an instruction-tuned model, or give it one "
-                         "(a base model: --chat-template plain; in a profile, chat_template: plain; in Python, "
-                         "tokenizer.chat_template = tokens.PLAIN_TEMPLATE)")
+    if messages[0]["role"] != "text": require_template(tokenizer)
     if not tokenizer.is_fast:
-        raise ValueError(f"the tokenizer of {name} gives no character offsets: load its fast version (tokenizer.json)")
+        raise ValueError(f"the tokenizer of {tokenizer.name_or_path or 'this model'} gives no character offsets: load "
+                         "its fast version (tokenizer.json)")
 
 # %% ../nbs/api/01_tokens.ipynb #01-tokens-12b
 def _check_weights(weights: Sequence[float], tokens: int) -> None:
