@@ -25,7 +25,8 @@ def _folder_in(source: Path, scratch: str) -> Path:
             raise ValueError(f"{source} can't be read as a tar archive: {e}") from e
         found = sorted(Path(scratch).rglob("profile.json"), key=lambda p: len(p.parts))
     if found and is_reference(found[0].parent):
-        raise ValueError(f"{source} is a reference, which keeps tables of runs and not the runs: give the folder of results")
+        raise ValueError(f"{source} is a reference, which keeps tables of runs and not the runs: give the folder of "
+                         "results")
     if found and found[0].is_file(): return found[0].parent
     raise ValueError(f"{source} holds no results of ours: give a folder that `uat-repro reproduce` has filled, "
                      "or a tar archive of it")
@@ -65,6 +66,7 @@ def _fault(home: Path, run: Path, workdir: Path) -> str:
     other = _made_from_others(about, workdir) if "dataset" in about.get("identity", {}) else ""
     return f"{run} was made from other records of {other}, or other weights, than those here" if other else ""
 
+# %% ../nbs/api/11b_archive.ipynb #11b-archive-09b
 def import_runs(
     source: str | Path,  # a folder of results, or a tar archive of one
     workdir: str | Path,  # the folder of results that takes them; made where there is none

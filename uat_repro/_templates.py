@@ -43,6 +43,7 @@ def with_fixed_date(tokenizer) -> dict:  # arguments of `apply_chat_template`
     fixed = dict(chat_template=fix_date(template)) if "strftime_now" in template else {}
     return dict(date_string=TEMPLATE_DATE, **fixed)
 
+# %% ../nbs/api/01a_templates.ipynb #01a-templates-07a
 def require_template(tokenizer) -> None:
     "Raise a `ValueError` if a tokenizer has no chat template."
     if tokenizer.chat_template: return

@@ -75,7 +75,7 @@ def _one_weight(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _no_settings(model: nn.Module) -> Iterator[None]:
-    "The model has no generation settings of its own inside the block: `generate` would fill in what is not given."
+    "A model has no generation settings of its own inside the block: `generate` would fill in what is not given."
     bare = getattr(model, "get_base_model", lambda: model)()  # an adapter reads those of its base
     kept, bare.generation_config = bare.generation_config, GenerationConfig()
     try: yield
@@ -85,7 +85,8 @@ def _write(model: nn.Module, prompts: Sequence[list[int]], longest: int, ends: s
     "The tokens that a model writes after each prompt, and padding."
     rows = [torch.tensor(p) for p in prompts]
     pad = lambda parts: pad_sequence(parts, batch_first=True, padding_side="left").to(model.device)
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=longest, pad_token_id=0, eos_token_id=sorted(ends) or None)
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=longest, pad_token_id=0,
+                              eos_token_id=sorted(ends) or None)
     ids, mask = pad(rows), pad([torch.ones_like(r) for r in rows])  # (B, T) each
     out = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
     return out[:, ids.shape[1]:].tolist()
@@ -132,7 +133,8 @@ def exact_match(
     if not records: raise ValueError("no problem to solve: give at least one record")
     asked, ends, rows = [_asked(r, tokenizer) for r in records], _ends(model, tokenizer), {}
     order = sorted(range(len(asked)), key=lambda i: len(asked[i][1]))
-    with eval_mode(model), _one_weight(model), _no_settings(model), tqdm(total=len(order), desc="answers", delay=2) as bar:
+    bar = tqdm(total=len(order), desc="answers", delay=2)
+    with eval_mode(model), _one_weight(model), _no_settings(model), bar:
         for k in range(0, len(order), batch_size):
             some = order[k:k + batch_size]
             written = _write(model, [asked[i][1] for i in some], max_new_tokens, ends)

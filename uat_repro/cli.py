@@ -204,7 +204,8 @@ def import_finished(
     from uat_repro._verify import state_of
     taken, faults = import_runs(archive, workdir)
     states = [(run, state_of(workdir, run.notebook)) for run in _stale(workdir, data_dir)] if taken else []
-    faults += [f"{run} is stale here: its code, its data, or what it reads is another" for run, s in states if s == "stale"]
+    faults += [f"{run} is stale here: its code, its data, or what it reads is another"
+               for run, state in states if state == "stale"]
     print(*faults, f"{len(taken)} runs taken into {workdir}", sep="\n")
     raise typer.Exit(1 if faults else 0)
 

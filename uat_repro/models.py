@@ -267,9 +267,9 @@ def split_layers(
         set_layers(part, getattr(part, family.layers)[which], layer_types(part)[which])
     setattr(trunk, family.norm, nn.Identity())
     if not _once(partial(_cut_well, trunk, top), model):
-        raise ValueError(f"{model.config.model_type} cannot be cut: trunk and top together end in other states than the "
-                         "whole; its decoder may change what enters its first layer, or a layer know its place; leave "
-                         "the layer at 0")
+        raise ValueError(f"{model.config.model_type} cannot be cut: trunk and top together end in other states than "
+                         "the whole; its decoder may change what enters its first layer, or a layer know its place; "
+                         "leave the layer at 0")
     return trunk, top
 
 # %% ../nbs/api/02_models.ipynb #02-models-40
