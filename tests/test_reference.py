@@ -35,18 +35,19 @@ def test_claims_of_the_reference_are_those_of_today(reference):
     assert [j.claim for j in read_judged(reference / "claims.json")] == list(read_claims())
 
 
-@each
-def test_pictures_are_drawn_from_the_tables_by_the_code_of_today(reference, tmp_path, monkeypatch):
+@pytest.mark.parametrize("reference, figure", [*((folder, "fig3") for folder in REFERENCES), (ROOT / "reference" / "cpu-families", "e15")],
+                         ids=lambda of: getattr(of, "name", of))
+def test_pictures_are_drawn_from_the_tables_by_the_code_of_today(reference, figure, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tools")
-    importlib.import_module("redraw").redraw(reference, "fig3", tmp_path)
-    kept, again = (pd.read_csv(folder / "fig3.csv") for folder in (reference / "figures", tmp_path))
+    importlib.import_module("redraw").redraw(reference, figure, tmp_path)
+    kept, again = (pd.read_csv(folder / f"{figure}.csv") for folder in (reference / "figures", tmp_path))
     pd.testing.assert_frame_equal(again, kept, rtol=1e-6)
 
 
 def test_a_picture_of_tables_that_are_not_kept_is_not_drawn_again(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tools")
     with pytest.raises(ValueError, match="e15 also shows answers, whose tables"):
-        importlib.import_module("redraw").redraw(ROOT / "reference" / "cpu-families", "e15", tmp_path)
+        importlib.import_module("redraw").redraw(ROOT / "reference" / "cpu-full", "e15", tmp_path)
 
 
 def prose(notebook: str) -> str:

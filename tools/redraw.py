@@ -2,7 +2,8 @@
 
     python tools/redraw.py reference/cpu fig3 fig5 t1
 
-The tables of `uncertainty`, `train` and `learnability` are kept; figures of other experiments need their run.
+A reference that was made before those of `answers`, `frontier`, `subsets` and `posteriors` were kept lacks them; such a
+figure needs its run.
 """
 import sys
 from pathlib import Path
@@ -15,16 +16,18 @@ from uat_repro.claims import TABLES, gather
 from uat_repro.results import catalogue, figures, read_json, write_json
 from uat_repro.workflow import parameters
 
+from reference import FURTHER
+
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 
 
 def unpack(reference: Path, results: Path) -> None:
     "The tables of a reference as folders of runs, as the experiments have written them."
-    tables = gather(reference)
+    tables = gather(reference) | {n: pd.read_parquet(f) for n in FURTHER if (f := reference / f"{n}.parquet").exists()}
     for file in (reference / "runs").glob("*.json"):
         about, (experiment, run) = read_json(file), file.stem.split("-", 1)
         write_json(results / experiment / run / "result.json", about)
-        for name, table in ((n, t) for n, t in tables.items() if TABLES[n] == experiment):
+        for name, table in ((n, t) for n, t in tables.items() if {**TABLES, **FURTHER}[n] == experiment):
             identity = pd.Series(about["identity"])
             of = table[(table[[*identity.index]] == identity).all(axis=1)].drop(columns=[*identity.index])
             if len(of): of.to_parquet(results / experiment / run / f"{name}.parquet", index=False)
@@ -33,7 +36,8 @@ def unpack(reference: Path, results: Path) -> None:
 def redraw(reference: Path, name: str, out: Path) -> None:
     "One figure of a reference, drawn by today's code into the folder `out`."
     profile, notebook = read_json(reference / "profile.json"), NBS / f"{catalogue()['figures'][name]['notebook']}.ipynb"
-    lost = [e for e in catalogue()["figures"][name]["reads"] if e not in TABLES.values() and [*(reference / "runs").glob(f"{e}-*")]]
+    lost = [e for table, e in FURTHER.items() if e in catalogue()["figures"][name]["reads"]
+            and not (reference / f"{table}.parquet").exists() and [*(reference / "runs").glob(f"{e}-*")]]
     if lost: raise ValueError(f"{name} also shows {lost[0]}, whose tables {reference} does not keep: draw it in its run")
     with TemporaryDirectory() as results:
         unpack(reference, Path(results))
