@@ -66,16 +66,23 @@ def test_two_processes_train_with_a_configuration(name, tmp_path):
 def weights(folder): return load_file(folder/"model/model.safetensors")
 
 
-def test_batches_in_parts_make_the_same_steps_and_a_training_goes_on_from_its_checkpoint(tmp_path):
+def test_batches_in_parts_make_the_same_steps(tmp_path):
     "Two processes, two passes, and all documents in each step: 8 at once, then 2 at once in four goes."
-    def train(out, *more): launch("ddp", tmp_path, "--objective", "mle", "--epochs", "2", "--checkpoint-every", "1", "--out", str(out), *more)
-    parts, in_parts = tmp_path/"parts", ("--batch-size", "2", "--accumulate", "4")
-    train(tmp_path/"whole", "--batch-size", "8")
-    train(parts, *in_parts)
+    def train(out, *more): launch("ddp", tmp_path, "--objective", "mle", "--epochs", "2", "--out", str(tmp_path/out), *more)
+    train("whole", "--batch-size", "8")
+    train("parts", "--batch-size", "2", "--accumulate", "4")
     first, second = (pd.read_parquet(tmp_path/out/"log.parquet")[["loss", "grad_norm"]] for out in ("whole", "parts"))
     assert len(first) == 2 and second.to_numpy() == pytest.approx(first.to_numpy(), rel=.01)  # bfloat16
-    straight = weights(parts)
-    for late in ("model", "checkpoint-2"): shutil.rmtree(parts/late)
-    train(parts, *in_parts, "--resume")
-    again = weights(parts)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_a_training_goes_on_from_a_checkpoint_inside_its_second_pass(name, tmp_path):
+    "Two processes, two steps in a pass: the documents that come are those of that pass."
+    out = tmp_path/"out"
+    def train(*more): launch(name, tmp_path, "--objective", "mle", "--epochs", "2", "--checkpoint-every", "1", "--out", str(out), *more)
+    train()
+    straight = weights(out)
+    for late in ("model", "checkpoint-4"): shutil.rmtree(out/late)
+    train("--resume")
+    again = weights(out)
     assert all(torch.equal(again[name], straight[name]) for name in straight)

@@ -8,9 +8,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from examples import code
 from uat_repro import head
 from uat_repro._plan import peak_bytes, plan_text, sizes_of, training_bytes
-from uat_repro.distillation import FrozenTeacher
+from uat_repro.cache import HiddenCache
+from uat_repro.distillation import CachedTeacher, FrozenTeacher
 from uat_repro.head import SLICE_LOGITS
-from uat_repro.models import tiny_tokenizer
+from uat_repro.models import head_of, tiny_tokenizer
 from uat_repro.objective import Objective
 from uat_repro.training import train_in_memory
 from uat_repro.workflow import FLOW, load_profile
@@ -32,6 +33,7 @@ def allocated(train) -> int:
 @pytest.mark.parametrize("tied, batch, accumulate, checkpointing, teacher, bf16", [
     (True, 1, 1, False, "", False), (False, 1, 1, False, "", False), (True, 16, 1, False, "", False),
     (False, 16, 1, True, "", False), (True, 4, 2, False, "", False), (True, 1, 1, False, "model", False),
+    (True, 1, 1, False, "head", False), (False, 16, 1, False, "head", False), (True, 4, 2, False, "head", False),
     (True, 1, 1, False, "", True), (False, 16, 1, False, "", True), (False, 16, 1, True, "", True)])
 def test_the_model_of_memory_is_near_what_is_allocated(tied, batch, accumulate, checkpointing, teacher, bf16, tmp_path):
     config = AutoConfig.for_model(**SMALL, tie_word_embeddings=tied)
@@ -39,11 +41,13 @@ def test_the_model_of_memory_is_near_what_is_allocated(tied, batch, accumulate, 
     ids = torch.randint(3, 4000, (2 * batch * accumulate, LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
     rows = [dict(id=str(i), input_ids=x, labels=x) for i, x in enumerate(ids)]
 
+    if teacher == "head": kept = HiddenCache.build(AutoModelForCausalLM.from_config(config), rows, tmp_path/"states")
+
     def train():
         model = AutoModelForCausalLM.from_config(config)
         goal = Objective.preset("combined" if teacher else "mle")
-        train_in_memory(model, goal, rows, tiny_tokenizer(), 0, "bfloat16" if bf16 else "float32",
-                        FrozenTeacher(model) if teacher else None,
+        second = dict(model=FrozenTeacher, head=lambda model: CachedTeacher(kept, head_of(model))).get(teacher, lambda model: None)
+        train_in_memory(model, goal, rows, tiny_tokenizer(), 0, "bfloat16" if bf16 else "float32", second(model),
                         max_steps=2, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
                         activation_checkpointing=checkpointing)
 

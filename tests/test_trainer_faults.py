@@ -53,9 +53,23 @@ def test_eval_loss_is_the_mean_over_tokens_for_every_batch_size_and_in_two_proce
     assert sum(by_record) / len(by_record) != pytest.approx(exact, rel=1e-4)  # the mean of means is another number
 
 
-def test_eval_loss_of_data_without_responses_is_not_zero(tmp_path):
+def packed_evaluations(rank, folder, out):
+    "Two documents in a row, as packing writes them: one row of a batch at a time, and two."
+    data = [dict(input_ids=a["input_ids"] + b["input_ids"], labels=a["labels"] + b["labels"], seq_lengths=[len(x["input_ids"]) for x in (a, b)])
+            for a, b in zip(rows()[::2], rows()[1::2])]
+    alone = trainer(folder, per_device_eval_batch_size=1).evaluate(data)["eval_loss"]
+    with pytest.raises(ValueError, match="per_device_eval_batch_size=1"): trainer(folder, per_device_eval_batch_size=2).evaluate(data)
+    if rank == 0: torch.save(alone, out)
+
+
+def test_packed_rows_are_evaluated_exactly_in_two_processes_or_not_at_all(tmp_path):
+    two_processes(packed_evaluations, tmp_path/"store", tmp_path, tmp_path/"out.pt")
+    assert torch.load(tmp_path/"out.pt") == pytest.approx(Objective.preset("mle")(tiny_model(), collate(rows())).loss.item(), rel=1e-6)
+
+
+def test_data_without_responses_are_not_evaluated(tmp_path):
     silent = [dict(row, labels=[-100] * len(row["labels"])) for row in rows()]
-    assert trainer(tmp_path).evaluate(silent)["eval_loss"] != 0
+    with pytest.raises(ValueError, match="no label of the evaluation records is a token"): trainer(tmp_path).evaluate(silent)
 
 
 def test_steps_without_responses_are_named_once(tmp_path, caplog):

@@ -100,7 +100,8 @@ def _check_machine(folder: str | Path = ".") -> list[Finding]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     disk, elsewhere = shutil.disk_usage(folder).free / 1e9, "give a --workdir on another disk"
     return [told("GPU", bool(gpu), gpu or "none", "the gpu and paper profiles need one, cpu and smoke do not"),
-            told("GPU memory", size > 78, f"{size:.0f} GB", "the paper profile needs 80 GB, the gpu profile 20"),
+            told("GPU memory", size > 19, f"{size:.0f} GB", "the gpu profile needs 20 GB"),
+            told("GPU memory for paper", size > 78, f"{size:.0f} GB", "the paper profile needs 80 GB"),
             told("memory", memory > 9.5, f"{memory:.0f} GB", "the cpu profile needs 10 GB, or 6 GB with --cores 1"),
             told("disk", disk > 5, f"{disk:.0f} GB free", f"the cpu profile needs 5 GB; {elsewhere}"),
             told("processors", True, f"{os.cpu_count()}")]
@@ -146,8 +147,8 @@ def _needs(name: str) -> set[tuple[str, str]]:
     except ImportError: return set()
     profile, remote = load_profile(name), [("hub", repository) for repository in _repositories(name)]
     specs = [m["spec"] for m in profile["models"].values()]
-    if remote: remote += [("hub", "hub"), ("machine", "GPU memory")]
-    if on_gpu(profile): remote.append(("machine", "GPU"))
+    if remote: remote += [("hub", "hub"), ("machine", "GPU memory for paper")]
+    if on_gpu(profile): remote += [("machine", "GPU"), ("machine", "GPU memory")]
     return {*(("weights", s) for s in specs), *(("data", d) for d in profile["datasets"]), *remote}
 
 def runnable(found: list[Finding]) -> dict[str, list[str]]:

@@ -140,7 +140,7 @@ def training_bytes(
     held = 4 * s.parameters + 8 * s.trained + 2 * s.parameters * bf16
     states, trained_head = 4 * tokens * s.hidden, head * (s.trained > s.parameters / 2)  # 0 where it is frozen
     held += dict(head=trained_head + states, model=4 * s.parameters).get(teacher, 0)
-    logits = 3 * 4 * min(tokens * s.vocab, max(slice_logits, 256 * tokens))
+    logits = (5 if teacher else 3) * 4 * min(tokens * s.vocab, max(slice_logits, 256 * tokens))  # 2 more for a KL
     activations = (s.kept_bf16 if bf16 else s.kept) * tokens  # with checkpointing, those of a layer at a time
     kept = s.layers * states + max(logits, activations / s.layers) if checkpointing else activations + logits
     turn = kept + 2 * states + trained_head + 4 * s.trained * accumulated

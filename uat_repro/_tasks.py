@@ -26,7 +26,7 @@ from ._files import ENDINGS, file_hash
 from ._hub import read_columns
 from .distillation import AdapterTeacher, FrozenTeacher
 from .masking import count_kept
-from .models import add_lora, load_model, weights_hash
+from .models import add_lora, load_model, use_bf16, weights_hash
 from .objective import Objective
 from .page import token_page
 from .records import NoRecords, files_digest, load_records
@@ -275,7 +275,8 @@ def trainer_arguments(asked) -> dict:
     return often | dict(
         output_dir=str(asked.out), num_train_epochs=asked.epochs, seed=asked.seed, learning_rate=asked.learning_rate,
         per_device_train_batch_size=asked.batch_size, per_device_eval_batch_size=asked.batch_size,
-        gradient_accumulation_steps=asked.accumulate, report_to=asked.report_to)
+        gradient_accumulation_steps=asked.accumulate, report_to=asked.report_to,
+        bf16=PartialState().device.type == "cuda" and use_bf16())
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-40
 def run_training(asked) -> None:
@@ -297,7 +298,9 @@ def run_training(asked) -> None:
                  files=file_hash(source) if source.is_file() else files_digest(asked.dataset, asked.data_dir),
                  ood=ood, manifest=made)
     start = dict(data=made["data"], tokens=tokens_hash(rows), weights=made["weights"], objective=vars(chosen),
-                 lora=asked.lora, seed=asked.seed, reference=reference and Path(reference).name)
+                 lora=asked.lora, seed=asked.seed, reference=reference and Path(reference).name,
+                 learning_rate=asked.learning_rate, batch_size=asked.batch_size, accumulate=asked.accumulate,
+                 epochs=asked.epochs, processes=PartialState().num_processes)
     keep_start(asked.out, start, asked.resume)
     keep_config(asked)
     trainer, losses = train_model(network, tokenizer, rows, held_out, chosen, asked.lora, other, asked.resume,

@@ -19,7 +19,7 @@ from transformers import EvalPrediction, TrainingArguments
 from .head import scores_of
 from .models import Head
 from .objective import Objective, Scored, Settings, select, weigh
-from .tokens import lay_out
+from .tokens import NO_RESPONSES, lay_out
 
 # %% ../nbs/api/08a_compute_loss.ipynb #08a-compute-loss-06
 def _check_step(o: Settings, tokens: int, num_items: Tensor | int | None) -> None:
@@ -88,8 +88,6 @@ def token_loss_metrics() -> dict[str, Callable]:  # to give to a `transformers.T
         return F.cross_entropy(logits[:, :-1].float().mT, labels[:, 1:], reduction="none")
     def mean(gathered: EvalPrediction) -> dict[str, float]:
         answered = gathered.label_ids[:, 1:] != -100
-        if not answered.any():
-            raise ValueError("no label of the evaluation records is a token, all are -100: "
-                             "leave the responses' tokens in the labels")
+        if not answered.any(): raise ValueError(NO_RESPONSES)
         return dict(token_loss=gathered.predictions[answered].mean(dtype="float64").item())
     return dict(preprocess_logits_for_metrics=losses, compute_metrics=mean)

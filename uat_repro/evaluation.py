@@ -71,7 +71,7 @@ def by_record(
 # %% ../nbs/api/10_evaluation.ipynb #10-evaluation-18
 class Initial(NamedTuple):
     "The initial model on one batch with N response tokens."
-    states: Tensor  # (N, H) last hidden states that predict the tokens
+    states: Tensor  # (N, H) last hidden states that predict the tokens, on the CPU
     head: Head  # of the initial model, `frozen`
     log_z: Tensor  # (N,) logarithm of the normaliser of each distribution
     hard: Tensor  # (N,) bool, the hard tokens
@@ -106,8 +106,13 @@ def measure_baseline(
     _check_batches(batches)
     head = head or frozen(head_of(model))
     layouts = [lay_out(b) for b in batches]
-    with eval_mode(model): kept = [_initial_states(model, b, layout, states) for b, layout in zip(batches, layouts)]
-    scores = scores or [token_scores(h, layout.targets, head) for h, layout in zip(kept, layouts)]
+    kept, own = [], []
+    with eval_mode(model):
+        for batch, layout in zip(batches, layouts):
+            hidden = _initial_states(model, batch, layout, states)
+            if scores is None: own.append(token_scores(hidden, layout.targets, head))
+            kept.append(hidden.cpu())
+    scores = scores or own
     hard = hardest([s.loss for s in scores])
     measures = [Measures(s.loss, s.entropy, s.correct.float(), torch.zeros_like(s.loss)) for s in scores]
     records = pd.concat(map(by_record, layouts, (b["id"] for b in batches), hard, measures), ignore_index=True)
@@ -118,7 +123,9 @@ def _measure(model: nn.Module, batch: Mapping, layout: Layout, initial: Initial 
     "The measures of the response tokens of a batch."
     hidden, head = layout.predicting(hidden_states(model, batch)), head_of(model)  # (N, H)
     if initial is None: scores, kl = token_scores(hidden, layout.targets, head), None
-    else: scores, kl = scores_and_divergence(hidden, layout.targets, head, initial.states, initial.head, initial.log_z)
+    else:
+        first = initial.states.to(hidden.device)  # one batch at a time
+        scores, kl = scores_and_divergence(hidden, layout.targets, head, first, initial.head, initial.log_z)
     return Measures(scores.loss, scores.entropy, scores.correct.float(), kl)
 
 # %% ../nbs/api/10_evaluation.ipynb #10-evaluation-26

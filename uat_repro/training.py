@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -23,7 +24,7 @@ from ._training_log import SUMS, TokenLog, means_by_source, means_of, sources_of
 from .distillation import Teacher
 from .models import use_bf16
 from .objective import Objective, ObjectiveOutput
-from .tokens import Collator, LengthSampler, require_field
+from .tokens import NO_RESPONSES, Collator, LengthSampler, require_field
 
 _all_ = ["TokenLog"]
 _log = logging.getLogger(__name__)
@@ -98,11 +99,18 @@ class _Counting(_Logging):
     objective: Objective
     weighted: bool  # the rows have weights
     empty_step_told: bool = False  # once is enough
+    _sampler: LengthSampler | None = None  # of the training documents
 
     def _get_train_sampler(self, train_dataset=None):
         lengths = _lengths(self.train_dataset if train_dataset is None else train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthSampler(lengths, self.args.train_batch_size, seed=seed)
+        self._sampler = LengthSampler(lengths, self.args.train_batch_size, seed=seed)
+        return self._sampler
+
+    def _run_epoch(self, *, epoch: int, **given):
+        "The Trainer's, which does not reach the sampler of several processes where it goes on inside an epoch."
+        if self._sampler is not None: self._sampler.set_epoch(epoch)
+        return super()._run_epoch(epoch=epoch, **given)
 
     def _get_num_items_in_batch(self, batch_samples: list, device) -> Tensor | None:
         "(2,) tokens to train on and to distil, in all micro-batches of a step and on all devices."
@@ -126,6 +134,9 @@ class _Evaluating(_Counting):
         with torch.no_grad(), self.accelerator.autocast(): out = Objective.preset("mle")(model, inputs)
         parts = out.token_loss.where(out.selected, 0), out.token_correct, out.selected  # (B, T) each
         rows = torch.stack([part.double().sum(1) for part in parts], 1)  # (B, 3)
+        if self.accelerator.num_processes > 1 and self.args.per_device_eval_batch_size > 1 and "position_ids" in inputs:
+            raise ValueError("several processes can't tell packed documents of a batch apart, some of which are there "
+                             "twice: set per_device_eval_batch_size=1, or evaluate rows that are not packed")
         self._evaluated = self._evaluated + self.accelerator.gather_for_metrics(rows).sum(0)
         return out.loss, None, None
 
@@ -133,8 +144,8 @@ class _Evaluating(_Counting):
         self._evaluated = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # losses, right ones, tokens
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         *sums, tokens = self._evaluated.tolist()
-        for name, total in zip(("loss", "accuracy"), sums):
-            output.metrics[f"{metric_key_prefix}_{name}"] = total / tokens if tokens else float("nan")
+        if not tokens: raise ValueError(NO_RESPONSES)
+        for name, total in zip(("loss", "accuracy"), sums): output.metrics[f"{metric_key_prefix}_{name}"] = total / tokens
         return output
 
 # %% ../nbs/api/09_training.ipynb #09-training-25
@@ -177,7 +188,8 @@ def _complete_file(file: Path) -> bool:
 def _complete(checkpoint: Path) -> bool:
     "Whether a checkpoint was written to its end and has lost nothing that a training goes on from."
     files = [*checkpoint.iterdir()]
-    alone = len({"optimizer.pt", "scheduler.pt"} & {file.name for file in files}) == 1
+    names = {file.name for file in files}
+    alone = ("scheduler.pt" in names) != bool({"optimizer.pt", "optimizer.bin"} & names)  # the latter of FSDP
     divided = any(file.is_dir() for file in files)  # an optimizer of several processes has a folder
     return (checkpoint / "trainer_state.json").exists() and (divided or not alone) and all(map(_complete_file, files))
 
@@ -273,7 +285,7 @@ def train_in_memory(
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder, adam_beta2=.98, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, seed=seed,
-            bf16=use_bf16(precision), use_cpu=not torch.cuda.is_available(), **arguments)
+            bf16=use_bf16(precision), use_cpu=PartialState().device.type == "cpu", **arguments)
         trainer = UncertaintyAwareTrainer(model, args, objective, teacher, token_log, train_dataset=rows,
                                           processing_class=tokenizer, callbacks=list(callbacks))
         trainer.remove_callback(PrinterCallback)  # the log is returned

@@ -123,7 +123,7 @@ def score_samples(
     stack = layout.predicting(states)  # (S, N, H)
     if stack.shape[1] and torch.equal(stack[0], stack[1]):
         raise ValueError("two samples came out identical: the posterior changes nothing in this model; "
-                         "use other sites or a larger p")
+                         "use other sites or a larger p, and no torch_compile, which leaves dropout out")
     total, aleatoric, epistemic, mean_loss, *halves = map_tokens(_mixture_scores, stack, head, layout.targets)
     tokens = dict(loss=own.loss, entropy=own.entropy, total=total, aleatoric=aleatoric, epistemic=epistemic,
                   mean_loss=mean_loss, halves=torch.stack(halves))  # (N,), and (2, N)
