@@ -2,7 +2,8 @@
 import json, os
 from pathlib import Path
 
-import pytest
+import pytest, torch
+from transformers import PreTrainedModel
 
 from uat_repro import evaluation
 from uat_repro.evaluation import NEED_PUNKT, benchmark
@@ -33,6 +34,18 @@ def test_prompts_that_cannot_be_judged_are_left_out_and_counted(folder):
     said = samples.set_index(["record", "metric"])["response"]["ifeval/0", "prompt_level_strict_acc"]
     assert value["ifeval/0", "prompt_level_strict_acc"] == float("," not in said and said.strip() != "")
     assert value["ifeval/1", "prompt_level_strict_acc"] == 0 and 0 <= value["ifeval/1", "inst_level_strict_acc"] <= .5
+
+
+@pytest.mark.parametrize("device, dtype", [("cpu", None), ("cuda", torch.bfloat16)])
+def test_benchmarks_compute_in_bfloat16_on_a_gpu_alone(device, dtype, monkeypatch):
+    "As the plan counts them, and with the same answers on every CPU."
+    given = []
+    monkeypatch.setattr("lm_eval.models.huggingface.HFLM", lambda **asked: given.append(asked["mixed_precision_dtype"]))
+    monkeypatch.setattr(evaluation, "_run_harness", lambda network, tasks, folder, **more: {})
+    monkeypatch.setattr(evaluation, "use_bf16", lambda: True)
+    monkeypatch.setattr(PreTrainedModel, "device", torch.device(device))
+    benchmark(tiny_model(), tiny_tokenizer(), ["gsm8k"])
+    assert given == [dtype]
 
 
 def test_prompts_of_benchmarks_have_the_fixed_date(monkeypatch):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ._templates import with_fixed_date
 from .head import TokenScores, frozen, scores_and_divergence, token_scores
-from .models import Head, eval_mode, head_of, hidden_states
+from .models import Head, eval_mode, head_of, hidden_states, use_bf16
 from .tokens import Layout, lay_out
 
 # %% ../nbs/api/10_evaluation.ipynb #10-evaluation-07
@@ -227,6 +227,10 @@ def _run_harness(network, tasks: Sequence[str], folder: str, **more) -> dict:
                            bootstrap_iters=0, **more)["samples"]
 
 # %% ../nbs/api/10_evaluation.ipynb #10-evaluation-51
+def _in_bf16(model: nn.Module) -> bool:
+    "Whether a benchmark computes in bfloat16: on a GPU that can, as the trainings there. A CPU's answers stay the same."
+    return model.device.type == "cuda" and use_bf16()
+
 def benchmark(
     model: nn.Module,  # a whole model, with embeddings
     tokenizer,  # with a chat template
@@ -240,9 +244,9 @@ def benchmark(
     if find_spec("lm_eval") is None:
         raise ImportError("the package lm_eval is missing: run `pip install 'uat_repro[benchmarks]'`")
     from lm_eval.models.huggingface import HFLM
-    longest = model.config.max_position_embeddings
+    longest, dtype = model.config.max_position_embeddings, torch.bfloat16 if _in_bf16(model) else None
     network = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=longest,
-                   chat_template_args=with_fixed_date(tokenizer))
+                   chat_template_args=with_fixed_date(tokenizer), mixed_precision_dtype=dtype)
     generation = dict(max_gen_toks=max_new_tokens) if max_new_tokens else None
     with tempfile.TemporaryDirectory() as folder, eval_mode(model):
         files = Path(data_dir or os.environ.get("UAT_REPRO_DATA_DIR") or folder)
