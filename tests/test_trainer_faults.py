@@ -58,7 +58,7 @@ def packed_evaluations(rank, folder, out):
     data = [dict(input_ids=a["input_ids"] + b["input_ids"], labels=a["labels"] + b["labels"], seq_lengths=[len(x["input_ids"]) for x in (a, b)])
             for a, b in zip(rows()[::2], rows()[1::2])]
     alone = trainer(folder, per_device_eval_batch_size=1).evaluate(data)["eval_loss"]
-    with pytest.raises(ValueError, match="per_device_eval_batch_size=1"): trainer(folder, per_device_eval_batch_size=2).evaluate(data)
+    with pytest.raises(ValueError, match="per_device_eval_batch_size is 2, but 2 processes"): trainer(folder, per_device_eval_batch_size=2).evaluate(data)
     if rank == 0: torch.save(alone, out)
 
 

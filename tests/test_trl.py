@@ -186,3 +186,12 @@ def test_the_package_does_without_trl():
         except ModuleNotFoundError as e: assert "trl" in str(e)
         else: raise AssertionError"""
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_packed_evaluations_of_several_processes_are_refused_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(trl.SFTConfig, "world_size", 2)
+    chats = Dataset.from_list([dict(text="Some text.")] * 4)
+    for how in (dict(packing=True, max_length=16), dict(padding_free=True)):
+        args = trl.SFTConfig(**options(tmp_path, how), per_device_eval_batch_size=2, bf16=False)
+        with pytest.raises(ValueError, match="can't tell packed rows of a batch apart"):
+            UncertaintyAwareSFTTrainer(tiny_model(), args, "mle", train_dataset=chats, eval_dataset=chats, processing_class=tokenizer)

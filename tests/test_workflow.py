@@ -93,7 +93,7 @@ def test_fails_mends_and_reruns_only_what_changed(nbs, profile, tmp_path, capfd)
 
 def test_finished_runs_go_on_elsewhere_unless_they_were_made_from_something_else(nbs, profile, tmp_path, monkeypatch, capfd):
     "As one does it: pack the folder of results, carry it on, import it, reproduce."
-    made = dict(identity=dict(model="tiny-llama", dataset="sharegpt"), manifest=dict(data=dict(sharegpt="a"), weights={"tiny-llama": "w"}))
+    made = dict(identity=dict(model="tiny-llama", trained_on="sharegpt"), manifest=dict(data=dict(sharegpt="a"), weights={"tiny-llama": "w"}))
     for entry in EXPERIMENTS.values():
         seal = f"\\nfrom uat_repro._verify import sealed; from uat_repro.results import write_json; write_json(Path(out, 'result.json'), sealed({made}, out))"
         edit(nbs / f"{entry['notebook']}.ipynb", "write_text('[]')", "write_text('[]')" + seal)

@@ -12,7 +12,7 @@ import base64, lzma, os, shutil, tarfile, tempfile, time, zlib
 from pathlib import Path
 
 from ._verify import altered, is_reference
-from .results import claim_folder, folder_of, locked, read_json, result_files
+from .results import catalogue, claim_folder, folder_of, locked, read_json, result_files
 
 # %% ../nbs/api/11b_archive.ipynb #11b-archive-05
 def _folder_in(source: Path, scratch: str) -> Path:
@@ -63,7 +63,8 @@ def _fault(home: Path, run: Path, workdir: Path) -> str:
     about = read_json(home / run / "result.json")
     if not isinstance(about, dict) or "seal" not in about: return f"{run} has no hashes of its files"
     if not _records(home, run): return f"{run} has no records of Snakemake: copy hidden files too (.snakemake)"
-    other = _made_from_others(about, workdir) if "dataset" in about.get("identity", {}) else ""
+    prepared = "dataset" in catalogue()["experiments"][run.parts[0]]["axes"]  # of others, `data` names benchmarks
+    other = _made_from_others(about, workdir) if prepared else ""
     return f"{run} was made from other records of {other}, or other weights, than those here" if other else ""
 
 # %% ../nbs/api/11b_archive.ipynb #11b-archive-09b

@@ -229,7 +229,7 @@ def keep_start(out: Path, start: dict, resume: bool) -> None:
         ways = "go on by --resume, or give" if "checkpoint-*" in there else "give"
         raise ValueError(f"{out} holds {' and '.join(there)} of an earlier start: {ways} another --out")
     before = read_json(file) if resume and file.exists() else start
-    if other := [name for name in start if before.get(name) != start[name]]:
+    if other := [name for name in start if name in before and before[name] != start[name]]:
         raise ValueError(f"the checkpoints in {out} were made with other values of {', '.join(other)}: "
                          "give those, or another --out")
     if PartialState().is_main_process: write_json(file, start)
@@ -300,7 +300,7 @@ def run_training(asked) -> None:
     start = dict(data=made["data"], tokens=tokens_hash(rows), weights=made["weights"], objective=vars(chosen),
                  lora=asked.lora, seed=asked.seed, reference=reference and Path(reference).name,
                  learning_rate=asked.learning_rate, batch_size=asked.batch_size, accumulate=asked.accumulate,
-                 epochs=asked.epochs, processes=PartialState().num_processes)
+                 epochs=asked.epochs, processes=PartialState().num_processes, bf16=trainer_arguments(asked)["bf16"])
     keep_start(asked.out, start, asked.resume)
     keep_config(asked)
     trainer, losses = train_model(network, tokenizer, rows, held_out, chosen, asked.lora, other, asked.resume,

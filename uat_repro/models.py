@@ -322,7 +322,7 @@ def use_bf16(precision: str = "auto") -> bool:
     'Whether a precision means bfloat16 on this machine; "auto" does if there is hardware for it.'
     if precision not in PRECISIONS: raise ValueError(f"precision is {precision!r}; allowed are {', '.join(PRECISIONS)}")
     if precision != "auto": return precision == "bfloat16"
-    if _on_gpu(): return torch.cuda.is_bf16_supported()
+    if _on_gpu(): return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 def autocast(precision: str = "auto") -> torch.autocast:

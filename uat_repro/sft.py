@@ -13,7 +13,7 @@ import logging, re
 from trl import SFTConfig, SFTTrainer
 
 from ._templates import fix_date
-from .training import ObjectiveMixin
+from .training import ObjectiveMixin, check_packed_evaluation
 
 # %% ../nbs/api/09a_sft.ipynb #09a-sft-06b
 _log = logging.getLogger(__name__)
@@ -41,6 +41,8 @@ class UncertaintyAwareSFTTrainer(ObjectiveMixin, SFTTrainer):
         if self.token_log is not None and given.get("data_collator") is None:
             raise ValueError("a token log names records, and TRL's batches have no ids: pass "
                              "data_collator=Collator(tokenizer) and rows of encode_all, without packing")
+        packed = args.packing or args.padding_free
+        if packed and given.get("eval_dataset") is not None: check_packed_evaluation(args)  # not after hours
         if self.objective.selects: _warn_of_questions(given.get("train_dataset"), args)
         fields = str(getattr(given.get("train_dataset"), "features", None))  # those of turns as well
         weights = re.findall(r"'(weight|token_weights|loss_weights)'", fields)
