@@ -2,7 +2,7 @@
 
 Called by `test_devices.py`, in a process of its own.
 """
-import contextlib, json, sys, tempfile, traceback
+import contextlib, functools, json, sys, tempfile, traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -49,7 +49,8 @@ def both(use, *models, batch=BATCH):
 @contextlib.contextmanager
 def accelerated(device):
     "Inside, accelerate and the Trainer find this device."
-    state, found = PartialState._shared_state, TrainingArguments.device
+    state, found, made = PartialState._shared_state, TrainingArguments.device, TrainingArguments.__init__
+    TrainingArguments.__init__ = functools.partialmethod(made, dataloader_pin_memory=False)  # a real GPU has some
     TrainingArguments.device = property(lambda self: (self._setup_devices, state.update(device=device), device)[2])
     before, begin = state["device"], Accelerator.__init__
     def start(self, *args, **kwargs):
@@ -59,7 +60,9 @@ def accelerated(device):
         state["device"] = device
     state["device"], Accelerator.__init__ = device, start
     try: yield
-    finally: state["device"], Accelerator.__init__, TrainingArguments.device = before, begin, found
+    finally:
+        state["device"], Accelerator.__init__ = before, begin
+        TrainingArguments.device, TrainingArguments.__init__ = found, made
 
 
 def notebook(name, **parameters):

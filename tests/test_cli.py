@@ -244,7 +244,7 @@ def test_the_loss_on_data_of_another_kind_is_measured_before_and_after(tmp_path,
     assert made["ood_before"] == pytest.approx(loss, abs=1e-4)
     (tmp_path / "one.jsonl").write_text(json.dumps(dict(text="Another page.")))
     assert cli.main([*asked, f"{tmp_path}/one.jsonl", "--resume"]) == 1 and "other values of data" in capsys.readouterr().err
-    assert cli.main([*asked, f"{tmp_path}/sums.jsonl", "--learning-rate", "5e-3", "--resume"]) == 1
+    assert cli.main([*asked, f"{tmp_path}/pages.jsonl", "--learning-rate", "5e-3", "--resume"]) == 1
     assert "other values of learning_rate" in capsys.readouterr().err
     assert cli.main([*asked, f"{tmp_path}/sums.jsonl"]) == 1 and "which is trained on" in capsys.readouterr().err
 
