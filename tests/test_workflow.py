@@ -311,14 +311,14 @@ def test_catalogue_has_no_unknown_key():
     assert all(set(e["axes"]) <= set(AXES) and e["priority"] and e["resources"] for e in EXPERIMENTS.values())
 
 
-@pytest.mark.parametrize("name", ["cpu", "cpu-full", "cpu-families", "cpu-repeated", "cpu-1b", "gpu", "smoke", "paper"])
+@pytest.mark.parametrize("name", ["cpu", "cpu-full", "cpu-families", "cpu-repeated", "cpu-chat", "cpu-1b", "gpu", "smoke", "paper"])
 def test_profiles_fit_the_notebooks(name, tmp_path):
     p = load_profile(name)
     claim_folder(tmp_path / "results", p)
     runs = plan(snakemake_command(tmp_path / "results", ROOT / "nbs"))
     assert len(runs) == len(result_files(p)) + len(figures(p))
     assert all(p[e]["seconds"] for e in EXPERIMENTS if e in p) and p["figures"]["seconds"]
-    if name in ("cpu", "cpu-families", "cpu-repeated", "cpu-1b", "gpu"): return  # they leave everything else to cpu-full
+    if name in ("cpu", "cpu-families", "cpu-repeated", "cpu-chat", "cpu-1b", "gpu"): return  # they leave everything else to cpu-full
     assert p["posteriors"]["candidates"] == p["uncertainty"]["candidates"], "E9 shows what the rule chose from"
     possible = [f for f in FIGURES.values() if any(runs_of(p, experiment) for experiment in f["reads"])]
     assert {FIGURES[f]["notebook"] for f in figures(p)} == {f["notebook"] for f in possible}, "every figure notebook is used"

@@ -21,7 +21,7 @@ import typer
 # %% ../nbs/api/18c_arguments.ipynb #18c-arguments-05
 def option(type_, *names: str, **how): return Annotated[type_, typer.Option(*names, **how)]
 
-Profile = option(str, help="cpu, smoke, cpu-full, cpu-families, cpu-repeated, cpu-1b, gpu, paper, or a .yaml file")
+Profile = option(str, help="cpu, smoke, cpu-full, cpu-families, cpu-repeated, cpu-chat, cpu-1b, gpu, paper, or a .yaml")
 Template = option(str, help="plain, for base models, or a file of Jinja; the model's own if not given.")
 Split = option(str, help="train, validation, test or all")
 DataDir = option(Path | None, envvar="UAT_REPRO_DATA_DIR", exists=True, file_okay=False,

@@ -153,6 +153,6 @@ def _needs(name: str) -> set[tuple[str, str]]:
 
 def runnable(found: list[Finding]) -> dict[str, list[str]]:
     "What each profile lacks here; nothing where it can run."
-    profiles = "smoke", "cpu", "cpu-full", "cpu-families", "cpu-repeated", "cpu-1b", "gpu", "paper"
+    profiles = ("smoke", "cpu", "cpu-full", "cpu-families", "cpu-repeated", "cpu-chat", "cpu-1b", "gpu", "paper")
     needs, lacks = {p: _needs(p) for p in profiles}, [f for f in found if not f.fine]
     return {p: sorted(f.what for f in lacks if f.kind == "package" or (f.kind, f.name) in needs[p]) for p in needs}
