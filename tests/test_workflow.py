@@ -294,10 +294,44 @@ def test_runs_share_a_gpu_while_their_memory_fits(nbs, profile, tmp_path, needs,
     assert sorted((work / t).read_text() for t in targets) == (["2", "2"] if together else ["1", "2"])
 
 
-def test_slurm_configuration_parses(nbs, profile, tmp_path):
-    work = tmp_path / "results"
-    claim_folder(work, load_profile(profile()))
-    assert {r.rule for r in plan(snakemake_command(work, nbs, ["fig2b"], cluster="slurm"))} == {"prepare", "uncertainty", "fig2b"}
+SLURM = """#!/bin/sh
+# A pretended Slurm: a job runs while it is submitted, and sees the GPUs that it asked for.
+case $(basename "$0") in
+  sbatch)
+    echo "$@" >> {here}/submitted
+    for option in "$@"; do case $option in --gpus=*) gpus=0;; --wrap=*) job=${{option#--wrap=}};; esac; done
+    id=$(wc -l < {here}/submitted)
+    SLURM_JOB_ID=$id CUDA_VISIBLE_DEVICES=${{gpus:-}} sh -c "$job" > {here}/$id.log 2>&1 && end=COMPLETED || end=FAILED
+    echo "$id|$end" >> {here}/ended
+    echo $id;;
+  squeue) cat {here}/ended;;
+  srun) while [ "${{1#-}}" != "$1" ]; do shift; done; exec "$@";;
+  sacctmgr) echo my_account;;
+  scontrol) echo "MinJobAge = 300 sec";;
+esac
+"""
+
+
+def test_slurm_gives_a_run_the_gpu_that_its_section_asks_for(nbs, profile, tmp_path, monkeypatch):
+    "The configuration as it is shipped, but for the seconds between questions; the job ends with its result."
+    here, work = tmp_path / "slurm", tmp_path / "results"
+    shutil.copytree(FLOW / "clusters/slurm", here)
+    with (here / "config.yaml").open("a") as f: f.write("slurm-init-seconds-before-status-checks: 1\nseconds-between-status-checks: 1\n")
+    for name in ("sbatch", "squeue", "srun", "sacctmgr", "scontrol", "sinfo"):
+        (here / name).write_text(SLURM.format(here=here))
+        (here / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{here}:{os.environ['PATH']}")
+    for notebook in ("prepare", "uncertainty"):
+        edit(nbs / f"experiments/{notebook}.ipynb", "write_text('[]')", "write_text(__import__('os').environ['CUDA_VISIBLE_DEVICES'])")
+    small = yaml.safe_load(Path(profile()).read_text())
+    given = dict(load_profile("paper")["uncertainty"]["resources"])
+    claim_folder(work, load_profile(profile(uncertainty=small["uncertainty"] | dict(resources=given))))
+    subprocess.run(snakemake_command(work, nbs, ["fig2b"], cluster=str(here)), check=True, capture_output=True)
+    prepare, uncertainty, fig2b = (here / "submitted").read_text().splitlines()
+    assert "-p gpu -t 240 --mem 32000" in uncertainty and "--gpus=1" in uncertainty and "--cpus-per-task=4" in uncertainty
+    assert not any("--gpus" in line or "-p gpu" in line for line in (prepare, fig2b))
+    place = dict(model="tiny-llama", dataset="sharegpt")
+    assert [(work / folder_of(run, place) / "result.json").read_text() for run in ("prepare", "uncertainty")] == ["", "0"]
 
 
 def test_catalogue_has_no_unknown_key():
