@@ -59,8 +59,11 @@ def test_the_model_of_memory_is_near_what_is_allocated(tied, batch, accumulate, 
     assert expected == pytest.approx(found, rel=.15)
 
 
-def test_steps_on_subsets_take_no_more_than_is_planned(tmp_path, monkeypatch):
-    "On the CPU the vectors that wait there are counted as well: the way, where it begins, and one point of it."
+@pytest.mark.parametrize("experiment, more, teacher", [
+    ("subsets", dict(distances=[.5]), ""), ("train", dict(objective="combined", track=0), "head"),
+    ("train", dict(objective="rho1", track=0), "model")])
+def test_whole_experiments_take_the_memory_that_is_planned(experiment, more, teacher, tmp_path, monkeypatch):
+    "On the CPU what waits there is counted as well: the initial weights, and for subsets the way and a point of it."
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(head, "CHUNK_LOGITS", 2**16)  # the logits of all samples would be larger than so small a model
     config = AutoConfig.for_model(**SMALL, tie_word_embeddings=True)
@@ -80,11 +83,12 @@ def test_steps_on_subsets_take_no_more_than_is_planned(tmp_path, monkeypatch):
        dataset="long.jsonl", counts=dict(train=12, validation=4, test=4))
     go("uncertainty", **prepared)
     size = sizes_of(str(tmp_path/"model"), 0, 400)
-    found = allocated(lambda: go("subsets", **prepared, uncertainty=str(tmp_path/"uncertainty"), documents=6,
-                                 batch_size=2, micro_batch=1, epochs=1, distances=[.5], seeds=[0], samples=4))
-    expected = training_bytes(size, 400, True, slice_logits=SLICE_LOGITS) + 4 * size.trained
+    if experiment == "train": prepared = dict(prepared={"long.jsonl": prepared["prepared"]}, dataset="long.jsonl")
+    found = allocated(lambda: go(experiment, **prepared, uncertainty=str(tmp_path/"uncertainty"), documents=6,
+                                 batch_size=2, micro_batch=1, epochs=1, seeds=[0], samples=4, **more))
+    expected = training_bytes(size, 400, True, teacher=teacher, slice_logits=SLICE_LOGITS) + 4 * size.trained
     print(f"expected {expected / 1e6:.1f} MB, allocated {found / 1e6:.1f} MB, ratio {expected / found:.3f}")
-    assert found < expected < 1.15 * found
+    assert expected == pytest.approx(found, rel=.15)
 
 
 def test_a_model_that_is_not_known_here_is_said_to_be(tmp_path):
