@@ -1,5 +1,5 @@
 """Write README.md from nbs/index.ipynb: its prose as it is, its code as fenced blocks, links and pictures relative to the
-repository. The table of effects in nbs/index.ipynb is made first, from the references.
+repository. The tables of all claims in nbs/index.ipynb and nbs/findings.ipynb are made first, from the references.
 
     python tools/readme.py
 """
@@ -11,53 +11,66 @@ from uat_repro.results import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 INDEX = ROOT / "nbs" / "index.ipynb"
+PAGES = (INDEX, ROOT / "nbs" / "findings.ipynb")
 COLUMNS = {  # reference, model, training data; regime, if not one pass
-    "SmolLM2, upper layers, GSM-Symbolic": ("cpu", "smollm2-135m", "gsm_symbolic"),
-    "SmolLM2, upper layers, GSM8K": ("cpu-full", "smollm2-135m", "gsm8k"),
-    "SmolLM2, upper layers, Alpaca": ("cpu-full", "smollm2-135m", "alpaca"),
-    "SmolLM2, all layers, GSM8K": ("gpu", "smollm2-135m", "gsm8k"),
-    "Gemma 3 (base), all layers, GSM8K": ("gpu", "gemma-3-270m", "gsm8k"),
-    "Gemma 3 (base), upper layers, GSM8K": ("cpu-families", "gemma-3-270m", "gsm8k"),
-    "Qwen2.5-Coder 0.5B, upper layers, GSM8K": ("cpu-families", "qwen2.5-coder-0.5b", "gsm8k"),
-    "SmolLM2, upper layers, GSM-Symbolic, trained too long": ("cpu-repeated", "smollm2-135m", "gsm_symbolic", "too_long")}
+    "GSM-Symbolic": ("cpu", "smollm2-135m", "gsm_symbolic"),
+    "GSM8K": ("cpu-full", "smollm2-135m", "gsm8k"),
+    "Alpaca": ("cpu-full", "smollm2-135m", "alpaca"),
+    "Gemma, GSM8K": ("cpu-families", "gemma-3-270m", "gsm8k"),
+    "Qwen, GSM8K": ("cpu-families", "qwen2.5-coder-0.5b", "gsm8k"),
+    "all layers, GSM8K": ("gpu", "smollm2-135m", "gsm8k"),
+    "Gemma, all layers, GSM8K": ("gpu", "gemma-3-270m", "gsm8k"),
+    "GSM8K, repeated": ("cpu-repeated", "smollm2-135m", "gsm8k", "repeated"),
+    "GSM-Symbolic, too long": ("cpu-repeated", "smollm2-135m", "gsm_symbolic", "too_long")}
 ROWS = {  # claim or control, and which of its measures
-    ("C1", 0): "epistemic uncertainty and loss, rank correlation", ("C1", 1): "the same, minus that of aleatoric uncertainty and loss",
-    ("C2", 0): "aleatoric uncertainty and entropy, rank correlation",
-    ("C3", 0): "held out: masked MLE over MLE", ("C3a", 0): "a random quarter over MLE",
-    ("C3b", 0): "masked MLE over a random quarter", ("C4", 0): "masked MLE over document-masked MLE",
-    ("C5", 0): "overlap of the first and the last mask", ("C6", 0): "OOD: masked MLE over the untrained model (the claim is a loss)",
-    ("C6a", 0): "OOD: masked MLE over MLE (the claim is a loss)",
-    ("C7", 0): "share of the OOD loss of masked MLE that combined restores",
-    ("C7a", 0): "the same, by MLE + KL",
-    ("C8", 0): "held out: combined over MLE", ("C8", 1): "OOD: combined over MLE",
-    ("C8a", 0): "held out: combined over MLE + KL"}
+    ("C1", 0): "epistemic uncertainty follows the loss",
+    ("C1", 1): "more than aleatoric uncertainty does",
+    ("C2", 0): "aleatoric uncertainty follows the entropy",
+    ("C3", 0): "held out, masked MLE beats MLE",
+    ("C3a", 0): "a random quarter beats MLE",
+    ("C3b", 0): "masked MLE beats a random quarter",
+    ("C4", 0): "chosen tokens beat chosen documents",
+    ("C5", 0): "the mask moves",
+    ("C5", 1): "the epistemic share of the tokens chosen first falls",
+    ("C6", 0): "OOD, masked MLE loses to the untrained model",
+    ("C6a", 0): "OOD, masked MLE loses to MLE",
+    ("C7", 0): "combined restores a share of what masked MLE loses OOD",
+    ("C7a", 0): "MLE + KL restores a share of it",
+    ("C8", 0): "held out, combined beats MLE",
+    ("C8", 1): "OOD, combined beats MLE",
+    ("C8a", 0): "held out, combined beats MLE + KL",
+    ("C9", 0): "epistemic uncertainty falls faster where aleatoric is low",
+    ("C10", 0): "epistemic uncertainty predicts what training removes"}
 SIGNS = {"supported": "✓", "contradicted": "✗", "no effect": "=", "undecided": "?"}
 
 
-def cell_of(judged: Judged, measure: int, model: str, data: str, regime: str = "one_pass") -> str:
-    "What one run found for a measure, in one regime where a checkpoint is judged."
+def found(judged: Judged, measure: int, model: str, data: str, regime: str = "one_pass") -> tuple[str, str]:
+    "The sign and the effect of one run for a measure, in one regime where a checkpoint is judged; empty where it has none."
     for f in judged.findings:
         s = f.setting
         if f.measure != judged.claim.measures[measure] or s["model"] != model: continue
         if data not in (s.get("trained_on"), s.get("dataset")) or "checkpoint" in s and s["regime"] != regime: continue
-        return f"{SIGNS[f.verdict.split(',')[0]]} {f.effect}"
-    return ""
+        return SIGNS[f.verdict.split(",")[0]], f"{f.effect}"
+    return "", ""
 
 
-def effects() -> str:
-    "The main effects of all runs, a column for each."
+def tables() -> dict[str, str]:
+    "All claims in all settings: their signs, and their effects."
     kept = {name: {j.claim.id: j for j in read_judged(ROOT / "reference" / name / "claims.json")}
             for name in dict.fromkeys(name for name, *_ in COLUMNS.values())}
-    rows = [[claim, said, *(cell_of(kept[name][claim], n, *of) for name, *of in COLUMNS.values())]
-            for (claim, n), said in ROWS.items()]
-    return markdown_table(["claim", "effect", *COLUMNS], rows)
+    rows = {said: (claim, [found(kept[name][claim], n, *of) for name, *of in COLUMNS.values()])
+            for (claim, n), said in ROWS.items()}
+    def table(show): return markdown_table(["", "claim", *COLUMNS], [[claim, said, *map(show, cells)] for said, (claim, cells) in rows.items()])
+    return dict(signs=table(lambda cell: cell[0]), effects=table(lambda cell: " ".join(cell).strip()))
 
 
-def with_effects(text: str) -> str:
-    "The notebook's JSON, its table of effects made anew."
-    lines = [json.dumps(f"{line}\n", ensure_ascii=False) for line in ("", *effects().splitlines(), "")]
-    between = r'("<!-- effects -->\\n",\n).*?( *"<!-- end of effects -->)'
-    return re.sub(between, lambda m: m[1] + "".join(f"    {line},\n" for line in lines) + m[2], text, flags=re.S)
+def with_tables(text: str) -> str:
+    "A notebook's JSON, its tables made anew."
+    for name, table in tables().items():
+        lines = [json.dumps(f"{line}\n", ensure_ascii=False) for line in ("", *table.splitlines(), "")]
+        between = rf'("<!-- {name} -->\\n",\n).*?( *"<!-- end of {name} -->)'
+        text = re.sub(between, lambda m: m[1] + "".join(f"    {line},\n" for line in lines) + m[2], text, flags=re.S)
+    return text
 
 
 def from_top(match: re.Match) -> str:
@@ -75,10 +88,10 @@ def text_of(cell: dict) -> str | None:
 
 def readme() -> str:
     "The README, as the landing page has it."
-    cells = json.loads(with_effects(INDEX.read_text(encoding="utf-8")))["cells"]
+    cells = json.loads(with_tables(INDEX.read_text(encoding="utf-8")))["cells"]
     return "\n\n".join(t.strip() for c in cells if (t := text_of(c))) + "\n"
 
 
 if __name__ == "__main__":
-    INDEX.write_text(with_effects(INDEX.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES: page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
     (ROOT / "README.md").write_text(readme(), encoding="utf-8")
