@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from uat_repro.claims import (NOT_MEASURED, TESTS, Claim, Finding, Judged, Measure, claims_table, compare_claims, gather,
-                              judge, measure_effects, read_claims, read_judged, write_claims)
+                              judge, judge_folder, measure_effects, read_claims, read_judged, write_claims)
 from uat_repro.effects import Effect, verdict
 from uat_repro.results import write_json
 
@@ -110,7 +110,8 @@ def test_a_regime_is_judged_at_its_own_checkpoint_only():
 def test_the_damage_and_what_restores_it():
     "Masked MLE loses 0.2 nats out of distribution, and the combined objective restores about half of them."
     table = records(dict(masked_mle=.2, combined=.1))
-    start = records(dict(masked_mle=0., combined=0.), checkpoints=("initial",))
+    start = pd.concat([held_out(0., 9).assign(objective=o, model="m", trained_on="a", regime="one_pass", checkpoint="initial", role=r)
+                       for o in ("masked_mle", "combined") for r in ("id", "ood")])
     found = {j.claim.id: j for j in judge(CLAIMS.values(), records=pd.concat([start, table])) if j.findings}
     assert found["C6"].verdict == found["C7"].verdict == "supported"
     share = found["C7"].findings[0].effect
@@ -180,6 +181,9 @@ def test_tables_are_gathered_from_runs_or_from_a_reference(tmp_path):
     assert list(found) == ["records"] and set(found["records"].objective) == {"mle"}
     assert gather(tmp_path / "results", ["train/m-d-one_pass-mle"])["records"].equals(found["records"])
     assert gather(tmp_path / "results", ["uncertainty/m-d"]) == {}
+    grid = dict(models=dict(m={}), datasets=dict(d={}), regimes=dict(one_pass={}), objectives=dict(mle={}), seeds=[0], figures={})
+    write_json(tmp_path / "results/profile.json", grid | dict(train=dict(objectives=["combined"])) | dict(objectives=dict(combined={})))
+    assert judge_folder(tmp_path / "results") == [], "its own run is not finished, and the one that is there is none of it"
     (tmp_path / "reference").mkdir()
     found["records"].to_parquet(tmp_path / "reference" / "records.parquet")
     assert gather(tmp_path / "reference")["records"].equals(found["records"])

@@ -11,6 +11,7 @@ from scipy.stats import t as student_t
 from uat_repro.effects import (MEASURES, Effect, arm_gain, crossed_effect, detectable, effects_frame, gains, in_words,
                                mean_effect, mean_squares, paired_effect, sample_note, share_effect, shares,
                                parts, simultaneous, variance_of_mean, verdict, with_interval, _fieller)
+from uat_repro.tokenwise import run_effect
 
 COMPONENTS = [(.01, .04, .05), (.05, .04, .05), (0., .04, .05), (.02, .14, .1)]  # seeds, records, what is left
 
@@ -174,8 +175,11 @@ def test_a_share_of_nothing_is_undecided():
 
 def test_a_share_excludes_nothing_where_its_p_value_is_small():
     "The interval and the p value agree at every level, so Holm may use either."
-    loss, gain = tables(30, 5, 20, (.01, .02, .03), .03), tables(30, 5, 20, (.005, .01, .03), .01, seed=1)
-    rows = pd.MultiIndex.from_product([range(5), range(20)], names=["seed", "record"]).to_frame(index=False)
+    for seeds in (2, 5): shares_agree(tables(30, seeds, 20, (.01, .02, .03), .03), tables(30, seeds, 20, (.005, .01, .03), .01, seed=1))
+
+
+def shares_agree(loss, gain):
+    rows = pd.MultiIndex.from_product([range(loss.shape[1]), range(20)], names=["seed", "record"]).to_frame(index=False)
     for l, g in zip(loss, gain):
         arm = lambda nll: rows.assign(nll=nll.ravel())
         found = share_effect(arm(l - g), arm(l), arm(0 * l))
@@ -283,6 +287,25 @@ def test_one_seed_is_not_judged():
     assert found.seeds == 1 and found.high < 0 and verdict(found, -1) == "not judged"
     alone = paired_effect(*(x[(x.seed == 0) & (x.record == "r1")] for x in arms(-.2)))
     assert "no interval" in str(alone) and in_words(alone).endswith("(not judged)")
+
+
+def test_one_cluster_is_not_judged():
+    for clusters in (dict(record="r1"), dict(cluster=0)):
+        found = paired_effect(*(x.assign(**clusters).drop_duplicates(["seed", "record"]) for x in arms(-.2)))
+        assert found.clusters == 1 and found.seeds > 1 and verdict(found, -1) == "not judged"
+        assert simultaneous(dict(a=found))["a"] == found, "nor is it counted"
+
+
+@pytest.mark.parametrize("value", [.7, .75, 1e9 / 3])
+def test_an_error_of_rounding_is_none(value):
+    constant = crossed_effect(pd.DataFrame(np.full((3, 7), value)))
+    for found in (constant, run_effect([value] * 3, "Jaccard", .8)):
+        assert math.isnan(found.low) and math.isnan(found.p) and verdict(found) == "not judged"
+
+
+def test_a_p_value_agrees_with_its_interval_where_parts_differ_by_far():
+    found = with_interval(100., 1., ((.001, 1.), (.999, 1000.)))
+    assert found.p < 1 - .99 and found.interval(1 - 2 * found.p)[0] > 0 > found.interval(1 - found.p / 2)[0]
 
 
 def test_the_unit_is_that_of_the_measure_or_nats():

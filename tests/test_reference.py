@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd, pytest
 
 from uat_repro.claims import claims_table, judge_folder, read_claims, read_judged
-from uat_repro.effects import Effect
+from uat_repro.effects import Effect, gains
 from uat_repro.plots import label
 from uat_repro.results import catalogue
 
@@ -61,6 +61,9 @@ def test_pages_quote_what_the_tables_say():
     for run in (ROOT / "reference").glob("*/runs/why_*.json"):
         effects = json.loads(run.read_text(encoding="utf-8"))["effects"]
         told += "".join(f"{Effect(**{f.name: e[f.name] for f in fields(Effect) if f.name in e})}\n" for e in effects)
+    alpaca = pd.read_parquet(ROOT / "reference/cpu-full/records.parquet").query("trained_on == 'alpaca' and regime == 'one_pass' and role == 'ood'")
+    for _, of in alpaca.groupby("dataset"):
+        told += "".join(f"{e}\n" for arm in ("mle", "masked_mle") for e in gains(of, arm, "initial").values())
     quotable = ("fig2c", "fig5", "e7", "e8", "e9", "e12*", "e13_matched", "e14_coefficient", "e15")
     for path in (p for folder in REFERENCES for name in quotable for p in folder.glob(f"figures/{name}.csv")):
         told += "".join(f"{Effect(*row)}\n" for row in pd.read_csv(path)[["estimate", "low", "high"]].to_numpy())

@@ -31,7 +31,18 @@ def test_the_error_is_that_of_drawn_tables():
     for draw in rng.integers(0, 12, (200, 12)):
         drawn = pd.concat([frame[frame.record == i] for i in draw])
         seen.append(spearmanr(drawn.x, drawn.y).statistic)
-    assert correlation(frame, "x", "y").error == pytest.approx(np.std(seen), rel=.15)
+    assert correlation(frame, "x", "y").error == pytest.approx(np.std(seen) * (12 / 11)**.5, rel=.15)
+
+
+def test_the_error_of_few_clusters_is_not_too_small():
+    "Of the mean over clusters of one token each, which a rank of 0 or 1 is, the error is known."
+    rng = np.random.default_rng(0)
+    def found(n):
+        x = rng.normal(size=n * 40)
+        frame = pd.DataFrame(dict(record=np.arange(n * 40) // 40, x=x, y=x * rng.choice([-1, 1], n).repeat(40) + rng.normal(size=n * 40)))
+        return correlation(frame, "x", "y", resamples=300)
+    effects = [found(4) for _ in range(150)]
+    assert np.mean([e.error**2 for e in effects])**.5 == pytest.approx(np.std([e.estimate for e in effects]), rel=.15)
 
 
 def test_nothing_is_found_about_as_rarely_as_the_p_value_says():
@@ -53,6 +64,25 @@ def test_partial_correlation_is_that_of_residual_ranks():
         left = ranks[:, :2] - held @ np.linalg.lstsq(held, ranks[:, :2], rcond=None)[0]
         partial = correlation(frame, "x", "y", given, resamples=20).estimate
         assert partial == pytest.approx(np.corrcoef(left.T)[0, 1])
+
+
+def test_a_column_that_does_not_vary_takes_nothing_out():
+    frame = tokens().assign(one=1.)
+    a, b = (correlation(frame, "x", "y", given, resamples=20) for given in (["level"], ["level", "one"]))
+    assert a == b and abs(a.estimate) < .1
+    learnt = pd.concat([frame.assign(seed=s, gain=lambda d: d.x + .1 * s * d.y) for s in range(3)])
+    a, b = (coefficient(learnt, "gain", "x", given) for given in (["level"], ["level", "one"]))
+    assert b.estimate == pytest.approx(a.estimate) and b.error == pytest.approx(a.error)
+
+
+def test_where_the_other_columns_say_it_all_nothing_is_judged():
+    frame = tokens().assign(same=lambda d: np.exp(d.x), line=lambda d: 3 * d.x + 1, one=1.)
+    for given in (["x"], ["same"], ["level", "line"]):
+        assert verdict(correlation(frame, "x", "y", given, resamples=20)) == "not judged"
+    learnt = pd.concat([frame.assign(seed=s, gain=lambda d: d.y + .1 * s * d.x) for s in range(3)])
+    assert verdict(coefficient(learnt, "gain", "line", ["x"])) == verdict(coefficient(learnt, "gain", "one")) == "not judged"
+    assert correlation(frame, "x", "y", ["level", "level"], resamples=20).estimate == pytest.approx(
+        correlation(frame, "x", "y", ["level"], resamples=20).estimate), "which of two alike is held does not matter"
 
 
 def test_resampling_records_is_wider_than_resampling_tokens():
@@ -176,6 +206,22 @@ def test_documents_that_do_not_differ_have_a_standard_error():
     runs = [course(seed, 0., seeds=1, noise=.6).assign(seed=seed) for seed in (18, 19)]
     error = slope_effect(pd.concat(runs)).error  # a variance of 18 is zero, where gradients lead to no standard error
     assert .05 < error < .15
+
+
+def noisy_start(seed, apart):
+    "Every token's E falls by the same factor; A before training says something of E, which is measured with noise."
+    rng, n = np.random.default_rng(seed), 160
+    a = rng.normal(size=n)
+    level, record = -3 + .8 * a + .6 * rng.normal(size=n), np.arange(n) // 20
+    log_e = lambda step: level - step / 10 + rng.normal(0, .5, n)
+    noisy, more = a + rng.normal(size=n), dict(epistemic_initial=np.exp(log_e(0))) if apart else {}
+    return pd.concat([pd.DataFrame(dict(seed=seed, step=step, record=[f"{seed}/{r}" for r in record], position=np.arange(n), loss=noisy,
+                                        epistemic=np.exp(log_e(step)), aleatoric_initial=2 + a, **more)) for step in (0, 5, 10)])
+
+
+def test_noise_at_the_first_step_is_no_slope_where_it_was_measured_apart():
+    found = {apart: slope_effect(pd.concat([noisy_start(s, apart) for s in range(5)])) for apart in (True, False)}
+    assert verdict(found[True]) == "undecided" and found[True].estimate < found[False].estimate / 2
 
 
 def test_a_slope_that_is_not_there_is_not_found():

@@ -16,6 +16,7 @@ COLUMNS = {  # reference, model, training data; regime, if not one pass
     "GSM-Symbolic": ("cpu", "smollm2-135m", "gsm_symbolic"),
     "GSM8K": ("cpu-full", "smollm2-135m", "gsm8k"),
     "Alpaca": ("cpu-full", "smollm2-135m", "alpaca"),
+    "ShareGPT": ("cpu-chat", "smollm2-135m", "sharegpt"),
     "Gemma, GSM8K": ("cpu-families", "gemma-3-270m", "gsm8k"),
     "Qwen, GSM8K": ("cpu-families", "qwen2.5-coder-0.5b", "gsm8k"),
     "all layers, GSM8K": ("gpu", "smollm2-135m", "gsm8k"),

@@ -121,7 +121,7 @@ TABLES = dict(tokens="uncertainty", records="train", dynamics="train", learnabil
 
 def gather(
     folder: str | Path,  # folder of results, or a reference
-    runs: Iterable[str] = (),  # folders of runs, relative to `folder`; empty for all that are there
+    runs: Iterable[str] = (),  # folders of runs, relative to `folder`; empty for all that are finished
 ) -> dict[str, pd.DataFrame]:  # by name; a table that is nowhere is left out
     "The tables that claims are judged from."
     folder, found, runs = Path(folder), {}, list(runs)
@@ -130,7 +130,7 @@ def gather(
             found[table] = pd.read_parquet(whole)
             continue
         asked = runs or [f"{experiment}/{f.parent.name}" for f in sorted(folder.glob(f"{experiment}/*/result.json"))]
-        of = [run for run in asked if Path(run).parts[0] == experiment]
+        of = [run for run in asked if Path(run).parts[0] == experiment and (folder / run / "result.json").is_file()]
         if any((folder / run / f"{table}.parquet").is_file() for run in of):
             found[table] = read_table(folder, experiment, table, of)
     return found
@@ -192,7 +192,7 @@ def judge_folder(
     "Judge the paper's claims from what a folder keeps."
     profile, folder = Path(folder) / "profile.json", Path(folder)
     runs = figures(read_json(profile)).get("claims", []) if profile.is_file() else []
-    tables = gather(folder, [str(Path(file).parent) for file in runs if (folder / file).is_file()])
+    tables = gather(folder, [str(Path(file).parent) for file in runs])
     return judge(read_claims(), **tables) if tables else []
 
 # %% ../nbs/api/13_claims.ipynb #13-claims-41
@@ -236,7 +236,7 @@ _RULE = f"""*Intervals are over seeds and records (or templates, or runs), at Ho
 of the table hold together at {LEVEL:.0%}. Supported: the whole interval lies on the expected side; contradicted: on the other; negligible is
 added where it lies inside the margin (0.02 nats per token, 2 points of accuracy). No effect: the {EQUIVALENCE:.0%}
 interval, not corrected, lies inside the margin. Undecided: all else; the data could not tell. Detectable: the smallest
-true effect that such a design finds four times out of five at its level. Not judged: one seed, or an error of zero.*"""
+true effect that such a design finds four times out of five at its level. Not judged: one seed or one cluster, or an error of zero.*"""
 
 # %% ../nbs/api/13_claims.ipynb #13-claims-47
 def claims_table(

@@ -74,9 +74,10 @@ def _p_value(effect: Effect) -> float:
     "One less the coverage of the interval that ends at `null`."
     t = abs(effect.estimate - effect.null) / effect.error
     ends = [2 * float(stdtr(df, -t)) for _, df in effect.parts or ((1, effect.df),)]
-    if not 1e-300 < min(ends) < max(ends): return max(ends)
+    least, most = max(min(ends), 1e-300), max(ends)  # a smaller one is zero in floating point
+    if not least < most: return most
     beyond = lambda log_p: effect.quantile(math.exp(log_p) / 2) + t
-    return math.exp(brentq(beyond, math.log(min(ends)) - 1e-6, math.log(max(ends)) + 1e-6))
+    return math.exp(brentq(beyond, math.log(least) - 1e-6, math.log(most) + 1e-6, maxiter=1000))
 
 def with_interval(
     estimate: float,  # mean difference, correlation or overlap
@@ -85,10 +86,11 @@ def with_interval(
     null: float = 0.0,  # value that the p value is computed against
     **more,  # further fields of `Effect`
 ) -> Effect:
-    "An effect with its t interval and its p value; an error of zero says nothing, and gives no interval."
+    "An effect with its t interval and its p value; an error of zero, but for rounding, says nothing: no interval."
+    error = error if error > 1e-12 * max(1, abs(estimate)) else math.nan
     shares = df if isinstance(df, tuple) else ()
     mean = 1 / sum(share / of for share, of in df) if isinstance(df, tuple) else float(df)
-    effect = Effect(float(estimate), null=null, error=float(error or math.nan), df=mean, parts=shares, **more)
+    effect = Effect(float(estimate), null=null, error=float(error), df=mean, parts=shares, **more)
     return replace(effect, p=_p_value(effect)).at(LEVEL)
 
 def detectable(
@@ -187,7 +189,8 @@ def _fieller(ratio: tuple[float, ...], level: float) -> tuple[float, float]:
     def end(side: int) -> float:
         far = next(x for k in range(-6, 60) if at(x := gain / loss + side * 2.0**k) > 0)
         return brentq(at, gain / loss, far)
-    return end(-1), end(1)
+    found = end(-1), end(1)
+    return found if at(0) > 0 else (min(found[0], 0.0), max(found[1], 0.0))  # with two seeds it can have a gap
 
 def _share(gain: pd.DataFrame, loss: pd.DataFrame, clusters: Mapping | None) -> Effect:
     "Mean gain over mean loss, tables of seeds and records."
@@ -285,7 +288,7 @@ def simultaneous(
 ) -> dict:  # the same effects with simultaneous intervals, and p values corrected for their number
     "Holm's correction of p values (by statsmodels) and of intervals, so that both agree."
     from statsmodels.stats.multitest import multipletests
-    tested = sorted((k for k, e in effects.items() if e.seeds != 1 and math.isfinite(e.p)), key=lambda k: effects[k].p)
+    tested = sorted((k for k, e in effects.items() if 1 not in (e.seeds, e.clusters) and math.isfinite(e.p)), key=lambda k: effects[k].p)
     if not tested: return dict(effects)
     p = dict(zip(tested, multipletests([effects[k].p for k in tested], 1 - LEVEL, "holm")[1]))
     found, level = {}, LEVEL
@@ -312,7 +315,7 @@ def verdict(
 ) -> str:  # one of `VERDICTS`
     "What an interval says about an expectation."
     low, high = (end - effect.null for end in (effect.low, effect.high))
-    if effect.seeds == 1 or math.isnan(low): return "not judged"
+    if 1 in (effect.seeds, effect.clusters) or math.isnan(low): return "not judged"
     inside = lambda ends: effect.margin > max(abs(end) for end in ends)
     if low <= 0 <= high:
         return "no effect" if inside(end - effect.null for end in effect.interval(EQUIVALENCE)) else "undecided"
@@ -326,8 +329,7 @@ def in_words(
     less: str = "a loss",  # name of a negative effect
 ) -> str:  # "0.30 [0.10, 0.50] nats (a gain)"
     "An effect with its interval and unit, and the side of zero on which it lies."
-    said = verdict(effect).replace("supported", more).replace("contradicted", less)
-    return f"{effect} {effect.unit} ({said})"
+    return f"{effect} {effect.unit} ({verdict(effect).replace('supported', more).replace('contradicted', less)})"
 
 CAUTION = """*Undecided*: the interval includes zero and effects that matter; *no effect*: an effect of the margin is
 excluded; *negligible*: the effect is smaller than the margin. Intervals are over seeds and records, and simultaneous

@@ -27,9 +27,9 @@ def _rank_correlation(groups: np.ndarray, counts: np.ndarray) -> float:
     with np.errstate(all="ignore"):
         cov = (ranks * counts) @ ranks.T  # (columns, columns)
         r = cov / np.sqrt(np.outer(cov.diagonal(), cov.diagonal()))
-        if len(groups) == 2 or np.isnan(r).any(): return float(r[0, 1])
-        inverse = np.linalg.pinv(r)
-        return float(-inverse[0, 1] / np.sqrt(inverse[0, 0] * inverse[1, 1]))
+        varied = 2 + np.flatnonzero(cov.diagonal()[2:])  # of the other columns
+        left = r[:2, :2] - r[:2, varied] @ np.linalg.pinv(r[np.ix_(varied, varied)], 1e-10, True) @ r[varied, :2]
+        return float(left[0, 1] / np.sqrt(left[0, 0] * left[1, 1])) if left.diagonal().min() > 1e-10 else math.nan
 
 # %% ../nbs/api/12_tokenwise.ipynb #12-tokenwise-07
 def _resampled(frame: pd.DataFrame, terms: Iterable, cluster: str, resamples: int, null: float) -> Effect:
@@ -47,7 +47,9 @@ def _resampled(frame: pd.DataFrame, terms: Iterable, cluster: str, resamples: in
     rho = lambda counts: sum(sign * _rank_correlation(g, counts) for sign, g in groups)
     draws = np.random.default_rng(0).integers(0, len(names), (resamples, len(names)))
     found = [rho(np.bincount(draw, minlength=len(names))[of]) for draw in draws]
-    return with_interval(rho(np.ones(len(frame))), np.nanstd(found, ddof=1), len(names) - 1, **about)
+    clusters, undefined = len(names), np.isnan(found).mean()
+    error = np.nanstd(found, ddof=1) * (clusters / max(clusters - 1, 1))**.5 if undefined < .05 else math.nan
+    return with_interval(rho(np.ones(len(frame))), error, clusters - 1, **about)
 
 # %% ../nbs/api/12_tokenwise.ipynb #12-tokenwise-08
 def correlation(
@@ -67,11 +69,10 @@ def correlation_difference(
     frame: pd.DataFrame,  # one row for each token, with its record and perhaps cluster
     first: tuple[str, ...],  # two columns, and those that are given
     second: tuple[str, ...],  # two columns, and those that are given
-    cluster: str = "cluster",  # column of what is resampled; the record where the table has no such column
     resamples: int = 1000,  # how often the clusters are drawn anew
 ) -> Effect:  # first minus second
     "By how much one rank correlation is larger than another, both computed on the same resamples."
-    return _resampled(frame, [(1, first), (-1, second)], cluster, resamples, 0.0)
+    return _resampled(frame, [(1, first), (-1, second)], "cluster", resamples, 0.0)
 
 # %% ../nbs/api/12_tokenwise.ipynb #12-tokenwise-16
 def coefficient(
@@ -83,11 +84,12 @@ def coefficient(
 ) -> Effect:  # rise of `y` with one standard deviation of `x`
     "Least-squares coefficient of a standardised column, each seed with its own level; seeds and clusters are random."
     frame = frame.dropna(subset=[y, x, *given])
-    z = frame[[x, *given]]
-    levels = pd.get_dummies(frame["seed"]).to_numpy(float)
-    held = np.column_stack([levels, ((z - z.mean()) / z.std(ddof=0))[[*given]]])
+    z = frame[[x, *given]] - frame[[x, *given]].mean()
+    z /= z.std(ddof=0).replace(0, 1)  # a column that does not vary
+    held = np.column_stack([pd.get_dummies(frame["seed"]).to_numpy(float), z[[*given]]])
     left = lambda a: a - held @ np.linalg.lstsq(held, a, rcond=None)[0]
-    own, rest = left(((z[x] - z[x].mean()) / z[x].std(ddof=0)).to_numpy()), left(frame[y].to_numpy(float))
+    own, rest = left(z[x].to_numpy()), left(frame[y].to_numpy(float))
+    if not own @ own > 1e-10 * len(own): return Effect(math.nan, unit=unit, records=frame["record"].nunique())
     slope = own @ rest / (own @ own)
     terms = pd.Series(own * (rest - slope * own) / (own @ own), frame.index)
     group = frame["cluster" if "cluster" in frame else "record"]
@@ -170,11 +172,11 @@ INITIAL = ("aleatoric", "epistemic", "loss")  # scores before training: the one 
 def _with_initial(run: pd.DataFrame) -> pd.DataFrame:
     "Tokens of one run with standardised initial scores `z0`.. and the step from 0 to 1."
     key, start = ["record", "position"], run[run["step"] == run["step"].min()]
-    run = run.join(start.set_index(key)[["epistemic", "loss"]].add_suffix("_first"), on=key)
-    run = run[(run["epistemic"] > 0) & (run["epistemic_first"] > 0)].copy()
+    first = start.set_index(key)[["epistemic", "loss"]].add_suffix("_initial")
+    run = run.join(first[first.columns.difference(run.columns)], on=key)  # those that were not measured apart
+    run = run[(run["epistemic"] > 0) & (run["epistemic_initial"] > 0)].copy()
     for n, score in enumerate(INITIAL):
-        x = run[f"{score}_initial" if f"{score}_initial" in run else f"{score}_first"]
-        x = np.log(x) if score == "epistemic" else x
+        x = np.log(run["epistemic_initial"]) if score == "epistemic" else run[f"{score}_initial"]
         run[f"z{n}"] = (x - x.mean()) / x.std(ddof=0)
     return run.assign(t=(run["step"] - run["step"].min()) / (run["step"].max() - run["step"].min()))
 
@@ -185,20 +187,23 @@ def _interaction(run: pd.DataFrame) -> tuple[float, float]:
     run, names = _with_initial(run), [f"z{n}" for n in range(len(INITIAL))]
     one, t, z = np.ones(len(run)), run["t"].to_numpy(), run[names].to_numpy()
     fixed = np.column_stack([z[:, 0] * t, z[:, 1:] * t[:, None], z, one, t])
+    def fit(random: list[np.ndarray]):
+        model = MixedLM(np.log(run["epistemic"].to_numpy()), fixed, run["record"].to_numpy(), np.column_stack(random))
+        return model.fit(method="powell")
     with warnings.catch_warnings(action="ignore"):  # a component at its limit of zero
-        fit = MixedLM(np.log(run["epistemic"].to_numpy()), fixed, run["record"].to_numpy(),
-                      np.column_stack([one, t])).fit(method="powell")
-    return float(fit.params[0]), float(fit.bse[0])
+        found = fit([one, t])
+        if math.isnan(found.bse[0]): found = fit([one])
+    return float(found.params[0]), float(found.bse[0])
 
 # %% ../nbs/api/12_tokenwise.ipynb #12-tokenwise-34
 def slope_effect(
-    table: pd.DataFrame,  # a row for each step, seed and token: record, position, epistemic, loss, aleatoric_initial
+    table: pd.DataFrame,  # step, seed, record, position, epistemic, loss, aleatoric_initial, perhaps epistemic_initial
 ) -> Effect:  # change of log E over training for one standard deviation of initial A; positive is a slower fall
     "How the initial aleatoric uncertainty slows the fall of the epistemic one, by a mixed model of each run."
     found, errors = zip(*(_interaction(run) for _, run in table.groupby("seed", sort=False)))
     runs, records = table["seed"].nunique(), table.groupby("record")["seed"].nunique()
     effect = run_effect(found, "log nats", records=len(records))
     if not (records == runs).all(): return effect
-    error = math.hypot(effect.error, float(np.mean(errors)))
+    error = math.hypot(effect.error, float(np.mean(np.square(errors))**.5))
     return replace(with_interval(effect.estimate, error, effect.df, unit=effect.unit), seeds=runs, records=len(records),
                    per_seed=effect.per_seed)
