@@ -7,8 +7,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from uat_repro import _weights, models
-from uat_repro._documents import by_document
+from uat_repro._documents import by_document, packed_beside_mask
 from uat_repro.models import FAMILIES, Family, head_of, hidden_states, tiny_model, tiny_tokenizer, unwrap
+from uat_repro.objective import Objective
 
 SIZES = dict(vocab_size=120, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
@@ -197,10 +198,77 @@ def test_dropout_without_a_module_of_its_own_is_found(family, names):
     for name in names: assert models.has_dropout(small(family, **{**off, name: .1}))
 
 
+def in_two_documents(model):
+    "The logits of two documents in padded rows, in a packed one, and of the model's own forward of each."
+    a, b = torch.tensor([[5, 6, 7]]), torch.tensor([[8, 9, 10, 11]])
+    padded = dict(input_ids=torch.tensor([[5, 6, 7, 0], [8, 9, 10, 11]]), attention_mask=torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]))
+    packed = dict(input_ids=torch.cat([a, b], 1), position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]))
+    with torch.no_grad():
+        rows, row = (head_of(model).logits(hidden_states(model, batch)) for batch in (padded, packed))
+        return torch.cat([rows[0, :3], rows[1]]), row[0], torch.cat([model(input_ids=x).logits[0, -x.shape[1]:] for x in (a, b)])
+
+
+@pytest.mark.parametrize("kind, more", [
+    ("PromptTuningConfig", dict(num_virtual_tokens=2)), ("PrefixTuningConfig", dict(num_virtual_tokens=2)),
+    ("PromptEncoderConfig", dict(num_virtual_tokens=2, encoder_hidden_size=16)),
+    ("LoraConfig", dict(target_modules=["q_proj", "v_proj"], alora_invocation_tokens=[6]))])
+def test_adapters_that_pefts_own_forward_applies(kind, more):
+    "A prompt goes before each document, and aLoRA begins behind the tokens that it waits for."
+    import peft
+    model = peft.get_peft_model(tiny_model(), getattr(peft, kind)(task_type="CAUSAL_LM", **more)).eval()
+    for p in (p for p in model.parameters() if p.requires_grad): nn.init.normal_(p, std=.5)
+    padded, packed, expected = in_two_documents(model)
+    torch.testing.assert_close(padded, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(packed, expected, atol=1e-4, rtol=1e-4)
+    assert (expected - in_two_documents(tiny_model().eval())[2]).abs().max() > .1, "the adapter does something"
+
+
+def test_noise_of_neftune_is_that_of_the_models_own_rows_and_does_not_choose():
+    from transformers.integrations.neftune import activate_neftune
+    model, seen = tiny_model().train(), []
+    activate_neftune(model, 5)
+    model.get_input_embeddings().register_forward_hook(lambda m, ids, out: seen.append((out - m.weight[ids[0]]).abs().max().item()))
+    for rows in (2, 16):
+        ids = torch.randint(3, 60, (rows, 12))
+        mask = (torch.arange(12) < torch.tensor([12] + [9] * (rows - 1))[:, None]).long()
+        hidden_states(model, dict(input_ids=ids, attention_mask=mask))
+        assert seen[-1] == pytest.approx(5 / (12 * model.config.hidden_size)**.5, rel=.01)
+    batch = dict(input_ids=ids, attention_mask=mask, labels=ids)
+    first, second = (Objective()(model, batch) for _ in range(2))
+    assert models.has_dropout(model) and torch.equal(first.selected, second.selected) and first.loss != second.loss
+
+
+def test_pictures_and_encoders_are_refused():
+    with pytest.raises(ValueError, match="the batch has pixel_values, and only text is read"):
+        hidden_states(tiny_model(), dict(input_ids=torch.tensor([[5, 6]]), pixel_values=torch.zeros(1, 3, 2, 2)))
+    from transformers import AutoModelForSeq2SeqLM, BartConfig
+    bart = AutoModelForSeq2SeqLM.from_config(BartConfig(
+        vocab_size=50, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16,
+        decoder_ffn_dim=16))
+    with pytest.raises(ValueError, match="no causal language model"): hidden_states(bart, dict(input_ids=torch.tensor([[5, 6]])))
+
+
+def test_quantised_layers_are_tried_and_a_quantised_output_layer_is_refused():
+    "bitsandbytes has parameters of its own class; this one is a stand-in."
+    class Packed(nn.Parameter): pass
+    def with_packed(model):
+        layer = model.get_decoder().layers[0].mlp.up_proj
+        layer.weight = Packed(layer.weight.data)
+        return model
+    assert type(with_packed(small("llama", rope_theta=20000.)).get_decoder().layers[0].mlp.up_proj.weight) is Packed
+    assert head_of(with_packed(small("llama", rope_theta=20000.)))
+    scaled = with_packed(small("llama", rope_theta=30000.))
+    scaled.lm_head.register_forward_hook(lambda module, args, out: 3 * out)
+    with pytest.raises(ValueError, match="do not give the model's own logits"): head_of(scaled)
+    model = small("llama", tie_word_embeddings=False)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="quantised or offloaded"): head_of(model)
+
+
 def test_packed_documents_stay_apart_beside_a_mask_of_ones():
     model, ids = tiny_model(), torch.arange(10, 35)[None]
     row = dict(input_ids=ids, position_ids=torch.cat([torch.arange(10), torch.arange(15)])[None])
     masked = hidden_states(model, dict(row, attention_mask=torch.ones_like(ids)))
     torch.testing.assert_close(masked, hidden_states(model, row))
     padded = dict(attention_mask=(torch.arange(25) > 3).long()[None], position_ids=(torch.arange(25) - 4).clamp(0)[None])
-    assert not models._packed_beside_mask(padded)
+    assert not packed_beside_mask(padded)

@@ -4,15 +4,16 @@ from pathlib import Path
 import pandas as pd
 import pytest, torch
 from torch._dynamo.utils import counters
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments
 
 from examples import PAIRS, flat_grad, rows, tokenizer
 from test_training import InOrder, two_processes
-from uat_repro.distillation import FrozenTeacher
+from uat_repro.cache import HiddenCache
+from uat_repro.distillation import CachedTeacher, FrozenTeacher
 from uat_repro.models import head_of, tiny_model
 from uat_repro.objective import Objective, as_compute_loss_func
 from uat_repro.tokens import Collator, token_frame
-from uat_repro.training import TokenLog, UncertaintyAwareTrainer
+from uat_repro.training import AtSteps, TokenLog, UncertaintyAwareTrainer
 
 collate = Collator(tokenizer)
 
@@ -278,6 +279,54 @@ def test_a_gradient_that_is_no_number_ends_the_training(tmp_path, changes, clip,
     with pytest.raises(FloatingPointError, match=f"the gradient is NaN at step {step} or before, .*: begin again, with a lower"):
         trainer(tmp_path, objective, model=model, max_steps=3, max_grad_norm=clip, **changes).train()
     assert not [*tmp_path.glob("checkpoint-*/*.safetensors")]
+
+
+def test_a_gradient_that_was_no_number_is_not_told_again(tmp_path):
+    "Of weights that were loaded again an evaluation is asked for, and another training."
+    model = tiny_model()
+    hook = model.get_decoder().layers[0].mlp.up_proj.weight.register_hook(lambda g: g * float("nan"))
+    t = trainer(tmp_path, model=model, logging_steps=1)
+    with pytest.raises(FloatingPointError): t.train()
+    hook.remove()
+    model.load_state_dict(tiny_model().state_dict())
+    assert t.evaluate(rows())["eval_loss"] > 0 and t.train().global_step == 1
+
+
+def test_a_cached_teacher_that_would_follow_the_student_is_refused(tmp_path):
+    model = tiny_model().requires_grad_(False)
+    teacher = CachedTeacher(HiddenCache.build(model, rows(), tmp_path/"states"), head_of(model))
+    assert torch.isfinite(Objective.preset("combined")(model, collate(rows()), teacher).loss)
+    model.requires_grad_(True)
+    with pytest.raises(ValueError, match="was frozen when the cached teacher was made of it, and trains by now"):
+        Objective.preset("combined")(model, collate(rows()), teacher)
+
+
+def test_rows_that_a_function_makes(tmp_path):
+    from datasets import Dataset
+    lazy = Dataset.from_dict(dict(n=[*range(len(rows()))])).with_transform(lambda batch: {
+        k: [rows()[n][k] for n in batch["n"]] for k in ("id", "input_ids", "labels")})
+    (a, b) = (trainer(tmp_path, data=data) for data in (lazy, rows()))
+    assert a.train().training_loss == b.train().training_loss
+
+
+def test_a_resume_says_which_checkpoints_it_passes_over(tmp_path, caplog):
+    "The files of others' callbacks do not matter; those that a training goes on by do."
+    trainer(tmp_path, max_steps=3, save_strategy="steps", save_steps=1).train()
+    for name, text in (("overrides.json", "{}"), ("metrics.json", "{}\n{}")): (tmp_path/"checkpoint-2"/name).write_text(text)
+    (tmp_path/"checkpoint-3/trainer_state.json").write_text('{"epoch": ')
+    t = trainer(tmp_path, max_steps=3, save_strategy="steps", save_steps=1)
+    began = []
+    t.add_callback(AtSteps(lambda step, model: began.append(step), 1))
+    t.train(resume_from_checkpoint=True)
+    assert began == [3] and "checkpoint-3 is not whole and is passed over: trainer_state.json" in caplog.text
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_loss_that_balances_experts_is_not_dropped_in_silence(asked, tmp_path, caplog):
+    config = AutoConfig.for_model("mixtral", vocab_size=512, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                  num_key_value_heads=2, num_local_experts=2, output_router_logits=asked)
+    trainer(tmp_path, "mle", model=AutoModelForCausalLM.from_config(config))
+    assert ("a loss that balances its experts" in caplog.text) == asked
 
 
 def test_data_seed_draws_another_order(tmp_path):

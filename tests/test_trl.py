@@ -84,6 +84,19 @@ def test_every_layout_trains_as_padded_rows_do(objective, tmp_path):
         assert_same(trained(trainer), expected)
 
 
+@pytest.mark.parametrize("columns, changes", [
+    (dict(messages=CHATS), {}), (dict(prompt=[c[:1] for c in CHATS], completion=[c[1:] for c in CHATS]), dict(completion_only_loss=False)),
+    (dict(conversations=[[{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]] * 8), {})])
+def test_questions_among_the_tokens_that_are_chosen_from_are_told(columns, changes, tmp_path, caplog):
+    sft(tmp_path, Objective(), Dataset.from_dict(columns), **changes)
+    assert "TRL trains questions too" in caplog.text
+
+
+def test_pictures_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="the data set has images, and an objective reads text only"):
+        sft(tmp_path, Objective(), Dataset.from_dict(dict(images=[[]] * 8, prompt=[c[:1] for c in CHATS], completion=[c[1:] for c in CHATS])))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_assistant_masks(layout, tmp_path):
     "TRL renders and masks the chats, and the tokens are those that we encode."

@@ -113,6 +113,9 @@ class CachedTeacher:
         batch: Mapping,  # the batch that the student gets, with `input_ids`
     ) -> Tensor:  # (B, T, H) hidden states of the initial model; 0 at padding
         "The states that the head reads. Raises for a record that is not in the cache."
+        if self.head.weight.requires_grad:
+            raise ValueError("the output layer was frozen when the cached teacher was made of it, and trains by now: "
+                             "make the teacher after you choose what trains")
         self.head = Head(*(x.to(_device_of(batch)) if isinstance(x, Tensor) else x for x in self.head))
         return self.cache.states_of(batch)
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ._documents import by_document, one_in_each_row, without_cudnn, without_padding
+from ._documents import by_document, check_text, one_in_each_row, packed_beside_mask, without_cudnn
+from ._documents import without_padding
 from ._products import linear
 from ._weights import (PACKAGED_WEIGHTS, TINY, cache_dir, convert_gguf, load_model, tiny_model,
                                 tiny_tokenizer, weights_hash)
@@ -57,11 +58,15 @@ class Head(NamedTuple):
                             "define `before` too, or `before = Head.before` where the logits stay what they are")
 
 # %% ../nbs/api/02_models.ipynb #02-models-11
+def _noisy(model: nn.Module) -> bool:
+    "Whether training adds noise to the embeddings (NEFTune)."
+    return any(getattr(m, "neftune_noise_alpha", None) for m in model.modules())
+
 def has_dropout(model: nn.Module) -> bool:  # whether a forward in training mode is random
     "Whether `model` would drop anything in training mode."
     if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()): return True
     rates = (x for m in model.modules() for name, x in vars(m).items() if "drop" in name or "jitter" in name)
-    return any(isinstance(x, float) and x > 0 for x in rates)  # of functions that a forward calls
+    return _noisy(model) or any(isinstance(x, float) and x > 0 for x in rates)  # of functions that a forward calls
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
@@ -90,7 +95,8 @@ def decoder_of(
     model: nn.Module,  # a causal language model, not wrapped
 ) -> nn.Module:  # what comes before its head
     "The decoder of a causal language model."
-    if not hasattr(model, "get_decoder"): raise ValueError(f"no causal language model of transformers: {type(model)}")
+    if not hasattr(model, "get_decoder") or getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"no causal language model of transformers: {type(model)}")
     decoder = model.get_decoder()
     if not hasattr(decoder, "config"): return model.base_model  # ModernBERT calls its output layer a decoder
     return decoder if decoder.get_output_embeddings() is None else decoder.model  # Llama 4's text model returns itself
@@ -100,7 +106,8 @@ def _once(trial: Callable, model: nn.Module) -> bool:
     "Whether a trial on five tokens holds in models of this class and config; True where it cannot be made."
     key = getattr(trial, "func", trial).__name__, type(model), repr(vars(model.config))
     if key in _FOUND: return _FOUND[key]
-    if not all(type(p) is nn.Parameter and p.numel() and not p.is_meta for p in model.parameters()): return True
+    elsewhere = lambda p: p.is_meta or hasattr(p, "placements") or hasattr(p, "fake_mode") or not p.numel()
+    if any(map(elsewhere, model.parameters())): return True
     ids = torch.arange(5, device=next(model.parameters()).device)[None]  # (1, 5)
     gpus = [ids.device] if ids.device.type == "cuda" else []
     with torch.random.fork_rng(gpus), eval_mode(model): _FOUND[key] = bool(trial(model, ids))
@@ -161,6 +168,8 @@ def head_of(model: nn.Module) -> Head:  # shares storage with the model
     out, read = model.get_output_embeddings(), partial(getattr, model.config.get_text_config(decoder=True))
     if not isinstance(out, nn.Linear):
         raise ValueError(f"the output layer is {type(out).__name__}, not a plain linear layer: keep it out of adapters")
+    if out.weight.is_meta or not out.weight.is_floating_point():
+        raise ValueError("the output layer is quantised or offloaded: leave it on the device, and out of quantisation")
     if hasattr(out.weight, "placements") or out.weight.dim() != 2 or not out.weight.numel():
         raise ValueError(f"the output layer is divided among processes where it is read: {_DIVIDED}")
     scale = read(family.multiplier, None) or 1 / (read(family.divisor, None) or 1)
@@ -189,12 +198,6 @@ def _takes_documents(decoder: nn.Module) -> bool:
     return ("flash" in name or ours and decoder.device.type != "cuda") and _once(_apart, decoder)
 
 # %% ../nbs/api/02_models.ipynb #02-models-30
-def _packed_beside_mask(inputs: Mapping) -> bool:
-    "Whether rows have a mask of padding, and positions that begin again after a token."
-    positions, mask = (inputs.get(name) for name in ("position_ids", "attention_mask"))
-    if positions is None or getattr(mask, "shape", None) != positions.shape: return False  # no mask of padding
-    return bool(((positions[:, 1:] == 0) & (mask[:, :-1] != 0)).any())
-
 def hidden_states(
     model: nn.Module,  # a causal language model, wrapped or not
     batch: Mapping,  # `input_ids` (B, T) or `inputs_embeds` (B, T, H), with `attention_mask` or `position_ids` (B, T)
@@ -202,20 +205,23 @@ def hidden_states(
     "The last hidden state at every position, without the logits of all of them, and without padding if that is faster."
     bare = unwrap(model)
     decoder, adapter = decoder_of(bare), getattr(bare, "active_peft_config", None)
-    prompted = getattr(adapter, "is_prompt_learning", False)
+    check_text(batch)
+    prompted = any(getattr(adapter, name, None) for name in ("is_prompt_learning", "alora_invocation_tokens"))
     names = ("inputs_embeds" if "inputs_embeds" in batch else "input_ids", "attention_mask", "position_ids")
     inputs = {name: batch[name] for name in names if name in batch}
-    if _packed_beside_mask(inputs): del inputs["attention_mask"]  # which would let documents see each other
+    if packed_beside_mask(inputs): del inputs["attention_mask"]  # which would let documents see each other
     compiled = any("_orig_mod" in m._modules for m in model.modules())  # lengths of documents would compile it anew
-    change = without_padding if not compiled and _takes_documents(decoder) else one_in_each_row
-    row, places = (not prompted and change(inputs)) or (inputs, None)
+    in_rows = prompted or compiled or decoder.training and _noisy(decoder)  # noise depends on the length of a row
+    change = without_padding if not in_rows and _takes_documents(decoder) else one_in_each_row
+    row, places = change(inputs) or (inputs, None)
     wrapped = model is not bare or prompted or type(bare).__name__.startswith("FSDP")
     run = partial(model, logits_to_keep=1) if wrapped else decoder  # wrappers take part in the call
     in_a_row = places is not None and "position_ids" in row
     with by_document(decoder, row["position_ids"] if in_a_row else None) as documents:
         states, _ = _run(decoder, run, **row, **documents)
+    states = states[:, -next(iter(row.values())).shape[1]:]  # without the tokens that an adapter puts before
+    if places is None: return states
     shape = next(iter(inputs.values())).shape[:2]  # (B, T)
-    if places is None: return states[:, -shape[1]:]  # without the tokens of a prompt that an adapter puts before
     states = states[0] if in_a_row else states[row["attention_mask"].bool()]  # (N, H)
     return states.new_zeros(shape.numel(), states.shape[-1]).index_copy(0, places, states).view(*shape, -1)
 

@@ -20,7 +20,9 @@ _log = logging.getLogger(__name__)
 
 def _warn_of_questions(dataset, args: SFTConfig) -> None:
     "Where TRL would put questions among the tokens that are chosen from."
-    if "messages" in (getattr(dataset, "column_names", None) or ()) and not getattr(args, "assistant_only_loss", False):
+    columns = getattr(dataset, "column_names", None) or ()
+    whole = {"messages", "conversations"} & {*columns} and not getattr(args, "assistant_only_loss", False)
+    if whole or "prompt" in columns and getattr(args, "completion_only_loss", None) is False:
         _log.warning("TRL trains questions too where rows are whole conversations, and a selection may take those "
                      "first: give prompt and completion, or rows of encode_all, or "
                      "SFTConfig(assistant_only_loss=True)")
@@ -41,6 +43,10 @@ class UncertaintyAwareSFTTrainer(ObjectiveMixin, SFTTrainer):
         if self.token_log is not None and given.get("data_collator") is None:
             raise ValueError("a token log names records, and TRL's batches have no ids: pass "
                              "data_collator=Collator(tokenizer) and rows of encode_all, without packing")
+        columns = getattr(given.get("train_dataset"), "column_names", None) or ()
+        if pictures := {"image", "images", "videos"} & {*columns}:
+            raise ValueError(f"the data set has {', '.join(sorted(pictures))}, and an objective reads text only: leave "
+                             "them out")
         packed = args.packing or args.padding_free
         if packed and given.get("eval_dataset") is not None: check_packed_evaluation(args)  # not after hours
         if self.objective.selects: _warn_of_questions(given.get("train_dataset"), args)

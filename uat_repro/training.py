@@ -22,7 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from ._training_log import SUMS, TokenLog, means_by_source, means_of, sources_of, sums_by_source, sums_of
 from .distillation import Teacher
-from .models import use_bf16
+from .models import unwrap, use_bf16
 from .objective import Objective, ObjectiveOutput
 from .tokens import NO_RESPONSES, Collator, LengthSampler, require_field
 
@@ -53,9 +53,9 @@ class _Watching:
             self._check_gradient()
             raise
 
-    def log(self, *args, **kwargs) -> None:
-        self._check_gradient()
-        super().log(*args, **kwargs)
+    def log(self, logs: dict, *args, **kwargs) -> None:
+        if {"loss", "train_loss"} & {*logs}: self._check_gradient()  # not where somebody evaluates afterwards
+        super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         self._check_gradient()
@@ -90,7 +90,8 @@ def _lengths(dataset) -> list[int]:
     "Number of tokens of every row, without reading more than the tokens."
     if hasattr(dataset, "lengths"): return dataset.lengths
     if len(dataset): require_field(dataset[0], "input_ids")
-    ids = dataset["input_ids"] if hasattr(dataset, "column_names") else (row["input_ids"] for row in dataset)
+    column = "input_ids" in (getattr(dataset, "column_names", None) or ())  # none where a function makes rows
+    ids = dataset["input_ids"] if column else (row["input_ids"] for row in dataset)
     return [len(row) for row in ids]
 
 # %% ../nbs/api/09_training.ipynb #09-training-22
@@ -180,10 +181,12 @@ def _check_devices(gpus: int) -> None:
                          "set CUDA_VISIBLE_DEVICES to one of them, or start with `accelerate launch`")
 
 # %% ../nbs/api/09_training.ipynb #09-training-29
+_READ = ("trainer_state.json", "config.json", ".index.json")  # names end so of the files that a training goes on by
+
 def _complete_file(file: Path) -> bool:
     "Whether a file can be read to its end, as far as its kind tells."
     try:
-        if file.suffix == ".json": return bool(json.loads(file.read_text(encoding="utf-8")))
+        if file.name.endswith(_READ): json.loads(file.read_text(encoding="utf-8"))
         if file.suffix == ".safetensors":
             with safe_open(file, "pt"): return True
     except (OSError, ValueError, SafetensorError): return False
@@ -200,18 +203,28 @@ def _complete(checkpoint: Path) -> bool:
 def _last_whole(folder: str | Path) -> str:
     "The last complete checkpoint in a folder; a `ValueError` if there is none."
     steps = {path: path.name.rpartition("-")[2] for path in Path(folder).glob("checkpoint-*")}
-    found = {int(step): path for path, step in steps.items() if step.isdigit() and _complete(path)}
-    if not found: raise ValueError(f"{folder} has no whole checkpoint to go on from: start from the beginning")
-    return str(found[max(found)])
+    for path in sorted((p for p, step in steps.items() if step.isdigit()), key=lambda p: -int(steps[p])):
+        if _complete(path): return str(path)
+        broken = [file.name for file in path.iterdir() if not _complete_file(file)]
+        _log.warning("%s is not whole and is passed over: %s", path, ", ".join(broken) or "files are missing")
+    raise ValueError(f"{folder} has no whole checkpoint to go on from: start from the beginning")
 
 class _Resuming(_Evaluating):
     "For a Trainer: it goes on from a whole checkpoint."
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         "The Trainer's; with True it goes on from the last whole checkpoint."
         if resume_from_checkpoint is True: resume_from_checkpoint = _last_whole(self.args.output_dir)
+        self._norm = 0.0  # of an earlier training
         return super().train(resume_from_checkpoint, **kwargs)
 
 # %% ../nbs/api/09_training.ipynb #09-training-30
+def _balances(trainer: Trainer) -> bool:
+    "Whether a mixture of experts would add a loss of its own."
+    config = getattr(unwrap(trainer.model), "config", None)
+    asked = getattr(config and config.get_text_config(decoder=True), "output_router_logits", False)
+    wanted = getattr(trainer.args, "router_aux_loss_coef", None) != 0
+    return wanted and bool(asked or getattr(trainer, "aux_loss_enabled", False))
+
 class ObjectiveMixin(_Resuming):
     "Makes the Trainer that is the next base class minimise an `Objective`; all other arguments are that Trainer's."
     loss_is_scaled_for_ga = True  # the objective divides by the totals of the whole step
@@ -235,6 +248,9 @@ class ObjectiveMixin(_Resuming):
         self.sources = sources_of(self.train_dataset)
         self.weighted = "loss_weights" in (getattr(self.train_dataset, "column_names", None) or ())
         if token_log is not None: self.add_callback(token_log)
+        if _balances(self):
+            _log.warning("the model has a loss that balances its experts, and no objective adds it: switch it off, by "
+                         "output_router_logits=False in its config or, in TRL, by router_aux_loss_coef=0")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "This micro-batch's share of the loss of the step; gradients are averaged over devices, hence the factor."

@@ -192,8 +192,9 @@ class Ensemble:
         batch: Mapping,  # padded or packed, with `labels`
     ) -> TokenUncertainty:  # (B, T) each
         "Uncertainty of every response token, from the disagreement of the members."
-        states = []
+        states, device = [], next(model.parameters()).device
         for member in self.models:
+            if next(member.parameters()).device != device: member.to(device)
             with eval_mode(member): states.append(hidden_states(member, batch))  # (B, T, H)
         with eval_mode(model):
             return score_samples(model, batch, torch.stack(states), Heads(tuple(map(head_of, self.models))))
