@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from ._training_log import SUMS, TokenLog, means_by_source, means_of, sources_of, sums_by_source, sums_of
+from ._training_log import SUMS, TokenLog, means_by_source, means_of, precise, sources_of, sums_by_source, sums_of
 from .distillation import Teacher
 from .models import unwrap, use_bf16
 from .objective import Objective, ObjectiveOutput
@@ -140,13 +140,14 @@ class _Evaluating(_Counting):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.accelerator.autocast(): out = Objective.preset("mle")(model, inputs)
         parts = out.token_loss.where(out.selected, 0), out.token_correct, out.selected  # (B, T) each
-        rows = torch.stack([part.double().sum(1) for part in parts], 1)  # (B, 3)
+        rows = torch.stack([part.to(precise(part.device)).sum(1) for part in parts], 1)  # (B, 3)
         if len(rows) == 1 and "position_ids" in inputs: check_packed_evaluation(self.args)
         self._evaluated = self._evaluated + self.accelerator.gather_for_metrics(rows).sum(0)
         return out.loss, None, None
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        self._evaluated = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # losses, right ones, tokens
+        here = dict(dtype=precise(self.args.device), device=self.args.device)
+        self._evaluated = torch.zeros(3, **here)  # losses, right ones, tokens
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         *sums, tokens = self._evaluated.tolist()
         if not tokens: raise ValueError(NO_RESPONSES)
