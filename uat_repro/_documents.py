@@ -20,7 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # %% ../nbs/api/02c_documents.ipynb #02c-documents-07
-_OTHER = ("pixel_values", "image_", "video_", "input_features", "encoder_")  # names of inputs that are no text begin so
+_OTHER = ("pixel_values", "input_features", "input_values")  # names of pictures and sounds begin so
 
 def check_text(batch: Mapping) -> None:
     "Raise a `ValueError` where a batch has more than text, such as pictures: it would not reach the model."
