@@ -88,7 +88,7 @@ def test_whole_experiments_take_the_memory_that_is_planned(experiment, more, tea
                                  batch_size=2, micro_batch=1, epochs=1, seeds=[0], samples=4, **more))
     expected = training_bytes(size, 400, True, teacher=teacher, slice_logits=SLICE_LOGITS) + 4 * size.trained
     print(f"expected {expected / 1e6:.1f} MB, allocated {found / 1e6:.1f} MB, ratio {expected / found:.3f}")
-    assert expected == pytest.approx(found, rel=.15)
+    assert expected == pytest.approx(found, rel=.15) and (experiment == "train" or found < expected)
 
 
 def test_a_model_that_is_not_known_here_is_said_to_be(tmp_path):

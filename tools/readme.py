@@ -4,6 +4,7 @@ repository. The tables of claims in nbs/index.ipynb and nbs/findings.ipynb are m
     python tools/readme.py
 """
 import json, posixpath, re
+from functools import cache
 from pathlib import Path
 
 from uat_repro.claims import Judged, read_judged
@@ -56,6 +57,7 @@ def found(judged: Judged, measure: int, model: str, data: str, regime: str = "on
     return "", ""
 
 
+@cache
 def tables() -> dict[str, str]:
     "The main claims and controls in the main settings: their signs, and their effects."
     kept = {name: {j.claim.id: j for j in read_judged(ROOT / "reference" / name / "claims.json")}

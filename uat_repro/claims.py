@@ -130,7 +130,7 @@ def gather(
             found[table] = pd.read_parquet(whole)
             continue
         asked = runs or [f"{experiment}/{f.parent.name}" for f in sorted(folder.glob(f"{experiment}/*/result.json"))]
-        of = [run for run in asked if Path(run).parts[0] == experiment and (folder / run / "result.json").is_file()]
+        of = [run for run in asked if Path(run).parts[0] == experiment]
         if any((folder / run / f"{table}.parquet").is_file() for run in of):
             found[table] = read_table(folder, experiment, table, of)
     return found
@@ -192,7 +192,7 @@ def judge_folder(
     "Judge the paper's claims from what a folder keeps."
     profile, folder = Path(folder) / "profile.json", Path(folder)
     runs = figures(read_json(profile)).get("claims", []) if profile.is_file() else []
-    tables = gather(folder, [str(Path(file).parent) for file in runs])
+    tables = gather(folder, [str(Path(file).parent) for file in runs if (folder / file).is_file()] or runs)
     return judge(read_claims(), **tables) if tables else []
 
 # %% ../nbs/api/13_claims.ipynb #13-claims-41

@@ -73,7 +73,7 @@ def _in_digits(estimate: float, low: float, high: float) -> str:
 def _p_value(effect: Effect) -> float:
     "One less the coverage of the interval that ends at `null`."
     t = abs(effect.estimate - effect.null) / effect.error
-    ends = [2 * float(stdtr(df, -t)) for _, df in effect.parts or ((1, effect.df),)]
+    ends = [2 * float(stdtr(df, -t)) for share, df in effect.parts or ((1, effect.df),) if share]
     least, most = max(min(ends), 1e-300), max(ends)  # a smaller one is zero in floating point
     if not least < most: return most
     beyond = lambda log_p: effect.quantile(math.exp(log_p) / 2) + t
@@ -288,7 +288,7 @@ def simultaneous(
 ) -> dict:  # the same effects with simultaneous intervals, and p values corrected for their number
     "Holm's correction of p values (by statsmodels) and of intervals, so that both agree."
     from statsmodels.stats.multitest import multipletests
-    tested = sorted((k for k, e in effects.items() if 1 not in (e.seeds, e.clusters) and math.isfinite(e.p)), key=lambda k: effects[k].p)
+    tested = sorted((k for k, e in effects.items() if e.p >= 0 and 1 not in (e.seeds, e.clusters)), key=lambda k: effects[k].p)
     if not tested: return dict(effects)
     p = dict(zip(tested, multipletests([effects[k].p for k in tested], 1 - LEVEL, "holm")[1]))
     found, level = {}, LEVEL

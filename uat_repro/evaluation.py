@@ -164,7 +164,7 @@ def role_of(
 ) -> str:  # "id" or "ood"
     "Whether a benchmark or a data set is in distribution for a model."
     kind = next((name for name in ROLES if f"_{name}_" in f"_{task}_"), task)  # gsm8k_cot, leaderboard_ifeval
-    return "id" if trained_on in (kind, *ROLES.get(kind, ())) else "ood"
+    return "id" if trained_on in (task, kind, *ROLES.get(kind, ())) else "ood"
 
 # %% ../nbs/api/10_evaluation.ipynb #10-evaluation-41
 LOCAL_TASKS = {  # task of the harness -> split and file of a data folder

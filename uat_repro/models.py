@@ -60,7 +60,7 @@ class Head(NamedTuple):
 # %% ../nbs/api/02_models.ipynb #02-models-11
 def _noisy(model: nn.Module) -> bool:
     "Whether training adds noise to the embeddings (NEFTune)."
-    return any(getattr(m, "neftune_noise_alpha", None) for m in model.modules())
+    return any(vars(m).get("neftune_noise_alpha") for m in model.modules())
 
 def has_dropout(model: nn.Module) -> bool:  # whether a forward in training mode is random
     "Whether `model` would drop anything in training mode."

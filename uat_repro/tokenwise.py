@@ -171,6 +171,7 @@ INITIAL = ("aleatoric", "epistemic", "loss")  # scores before training: the one 
 
 def _with_initial(run: pd.DataFrame) -> pd.DataFrame:
     "Tokens of one run with standardised initial scores `z0`.. and the step from 0 to 1."
+    run = run.dropna(axis=1, how="all")  # what another run of the same table has
     key, start = ["record", "position"], run[run["step"] == run["step"].min()]
     first = start.set_index(key)[["epistemic", "loss"]].add_suffix("_initial")
     run = run.join(first[first.columns.difference(run.columns)], on=key)  # those that were not measured apart
