@@ -35,7 +35,7 @@ def test_the_error_is_that_of_drawn_tables():
 
 
 def test_the_error_of_few_clusters_is_not_too_small():
-    "Of the mean over clusters of one token each, which a rank of 0 or 1 is, the error is known."
+    "It is the spread of the estimates of many tables of four clusters."
     rng = np.random.default_rng(0)
     def found(n):
         x = rng.normal(size=n * 40)

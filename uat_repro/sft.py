@@ -18,10 +18,18 @@ from .training import ObjectiveMixin, check_packed_evaluation
 # %% ../nbs/api/09a_sft.ipynb #09a-sft-06b
 _log = logging.getLogger(__name__)
 
+def _columns(dataset) -> set[str]: return {*(getattr(dataset, "column_names", None) or ())}
+
+def _check_text(dataset) -> None:
+    "Raise where there are pictures, which TRL would give to the model and an objective would not."
+    if pictures := _columns(dataset) & {"image", "images", "videos"}:
+        raise ValueError(f"the data set has {', '.join(sorted(pictures))}, and an objective reads text only: leave "
+                         "them out")
+
 def _warn_of_questions(dataset, args: SFTConfig) -> None:
     "Where TRL would put questions among the tokens that are chosen from."
-    columns = getattr(dataset, "column_names", None) or ()
-    whole = {"messages", "conversations"} & {*columns} and not getattr(args, "assistant_only_loss", False)
+    columns = _columns(dataset)
+    whole = {"messages", "conversations"} & columns and not getattr(args, "assistant_only_loss", False)
     if whole or "prompt" in columns and getattr(args, "completion_only_loss", None) is False:
         _log.warning("TRL trains questions too where rows are whole conversations, and a selection may take those "
                      "first: give prompt and completion, or rows of encode_all, or "
@@ -43,10 +51,7 @@ class UncertaintyAwareSFTTrainer(ObjectiveMixin, SFTTrainer):
         if self.token_log is not None and given.get("data_collator") is None:
             raise ValueError("a token log names records, and TRL's batches have no ids: pass "
                              "data_collator=Collator(tokenizer) and rows of encode_all, without packing")
-        columns = getattr(given.get("train_dataset"), "column_names", None) or ()
-        if pictures := {"image", "images", "videos"} & {*columns}:
-            raise ValueError(f"the data set has {', '.join(sorted(pictures))}, and an objective reads text only: leave "
-                             "them out")
+        _check_text(given.get("train_dataset"))
         packed = args.packing or args.padding_free
         if packed and given.get("eval_dataset") is not None: check_packed_evaluation(args)  # not after hours
         if self.objective.selects: _warn_of_questions(given.get("train_dataset"), args)

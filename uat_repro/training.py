@@ -201,6 +201,7 @@ def _complete(checkpoint: Path) -> bool:
     divided = any(file.is_dir() for file in files)  # an optimizer of several processes has a folder
     return (checkpoint / "trainer_state.json").exists() and (divided or not alone) and all(map(_complete_file, files))
 
+# %% ../nbs/api/09_training.ipynb #09-training-29b
 def _last_whole(folder: str | Path) -> str:
     "The last complete checkpoint in a folder; a `ValueError` if there is none."
     steps = {path: path.name.rpartition("-")[2] for path in Path(folder).glob("checkpoint-*")}
@@ -226,6 +227,7 @@ def _balances(trainer: Trainer) -> bool:
     wanted = getattr(trainer.args, "router_aux_loss_coef", None) != 0
     return wanted and bool(asked or getattr(trainer, "aux_loss_enabled", False))
 
+# %% ../nbs/api/09_training.ipynb #09-training-30b
 class ObjectiveMixin(_Resuming):
     "Makes the Trainer that is the next base class minimise an `Objective`; all other arguments are that Trainer's."
     loss_is_scaled_for_ga = True  # the objective divides by the totals of the whole step
