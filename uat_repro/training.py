@@ -220,12 +220,14 @@ class _Resuming(_Evaluating):
         return super().train(resume_from_checkpoint, **kwargs)
 
 # %% ../nbs/api/09_training.ipynb #09-training-30
-def _balances(trainer: Trainer) -> bool:
-    "Whether a mixture of experts would add a loss of its own."
+def _warn_of_balance(trainer: Trainer) -> None:
+    "Where a mixture of experts would add a loss of its own."
     config = getattr(unwrap(trainer.model), "config", None)
     asked = getattr(config and config.get_text_config(decoder=True), "output_router_logits", False)
     wanted = getattr(trainer.args, "router_aux_loss_coef", None) != 0
-    return wanted and bool(asked or getattr(trainer, "aux_loss_enabled", False))
+    if wanted and (asked or getattr(trainer, "aux_loss_enabled", False)):
+        _log.warning("the model has a loss that balances its experts, and no objective adds it: switch it off, by "
+                     "output_router_logits=False in its config or, in TRL, by router_aux_loss_coef=0")
 
 # %% ../nbs/api/09_training.ipynb #09-training-30b
 class ObjectiveMixin(_Resuming):
@@ -251,9 +253,7 @@ class ObjectiveMixin(_Resuming):
         self.sources = sources_of(self.train_dataset)
         self.weighted = "loss_weights" in (getattr(self.train_dataset, "column_names", None) or ())
         if token_log is not None: self.add_callback(token_log)
-        if _balances(self):
-            _log.warning("the model has a loss that balances its experts, and no objective adds it: switch it off, by "
-                         "output_router_logits=False in its config or, in TRL, by router_aux_loss_coef=0")
+        _warn_of_balance(self)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "This micro-batch's share of the loss of the step; gradients are averaged over devices, hence the factor."
