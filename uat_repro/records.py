@@ -13,13 +13,13 @@ import difflib, hashlib, json, logging, os, re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from ._files import ENDINGS, file_hash, files_of, read_values
-from ._hub import HUB, by_full_name, from_hub, on_hub, renamed, short
-from ._turns import (FIELDS, LEARN, as_number, as_text, excerpt, first_of, join, listed, message_of, nothing,
-                              read_tools)
+from ._hub import HUB, by_full_name, from_hub, on_hub, renamed, short, split_in
+from ._turns import (FIELDS, LEARN, as_number, as_text, empty, excerpt, first_of, join, listed,
+                              message_of, read_tools)
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def _turns(fields: _Fields, record: dict) -> list[tuple]:
     present, none = [field for field in FORMATS if field in fields], f"record {excerpt(record)} has no known format: "
     if not present: raise ValueError(f"{none}give it one of the fields {', '.join(FORMATS)}, name its columns "
                                      "(--columns prompt=...,completion=...), or add its format to records.FORMATS")
-    format = min(present, key=lambda field: nothing(record[field]))
+    format = min(present, key=lambda field: empty(record[field]))
     try: turns = FORMATS[format](fields)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise ValueError(f"{none}its {format!r} (or history) is neither text nor a list of turns with role and "
@@ -106,20 +106,25 @@ def _tools(fields: dict, turns: list[tuple], record: dict) -> list[dict]:
 # %% ../nbs/api/00_records.ipynb #00-records-13e
 def _unread(fields: _Fields, turns: list[tuple]) -> list[str]:
     "The fields of a record and of its turns that hold something and are not read."
-    own = [field for field, value in fields.items() if field not in fields.read and not nothing(value)]
+    own = [field for field, value in fields.items() if field not in fields.read and not empty(value)]
     def of(turn: dict, first: bool) -> set[str]:
         read = FIELDS if first else FIELDS - {"tools"}  # which stand with the first turn
         parts = turn["content"] if isinstance(turn.get("content"), list) else []
         named = [*turn.items(), *((f"content.{name}", part[name]) for part in parts for name in part)]
         return {f"turn.{field}" for field, value in named
                 if field not in (*read, "content.type", "content.text", *(f"content.{mark}" for mark in LEARN))
-                and not nothing(value)}
+                and not empty(value)}
     return own + sorted({name for n, (_, _, *more) in enumerate(turns) for turn in more for name in of(turn, not n)})
 
 def _group(record: dict) -> int | None:
     "The number of the group of kin that a record belongs to, if it has one."
     number = as_number(record.get("cluster"))
     return number if type(number) is int else None
+
+def _kin(record: dict, source: str) -> int | str | None:
+    "What a record shares with its kin: the number of its group, or the conversation that ShareGPT has cut to pieces."
+    piece = re.fullmatch(r"(\w+)_\d+", str(record.get("id"))) if source.lower().startswith("sharegpt") else None
+    return piece[1] if piece and _group(record) is None else _group(record)
 
 # %% ../nbs/api/00_records.ipynb #00-records-13g
 def _conversation(record: dict) -> tuple[list[dict], list[str]]:
@@ -155,9 +160,10 @@ SPLITS = ("train", "validation", "test")
 def split_of(
     id: str,  # a record's id
     own: Iterable[str] = (),  # splits that the source provides itself
-    cluster: int | None = None,  # number of the group of kin that the record belongs to
+    cluster: int | str | None = None,  # number of the group of kin that the record belongs to, or its name
 ) -> str:  # "train", "validation" or "test"
-    "The side of a record: 80% train, 10% validation, 10% test; of clusters 60%, 10% and 30%."
+    "The side of a record: 80% train, 10% validation, 10% test, of named clusters as well; of numbered 60%, 10% and 30%."
+    if isinstance(cluster, str): id, cluster = hashlib.sha256(cluster.encode()).hexdigest()[:16], None
     sides = ("validation", "test") if cluster is None else ("test", "test", "test", "validation")
     last = int(id, 16) % 10 - 8 if cluster is None else cluster % 10
     side = sides[last] if 0 <= last < len(sides) else "train"
@@ -165,20 +171,23 @@ def split_of(
 
 # %% ../nbs/api/00_records.ipynb #00-records-24
 def _unwrap(value: object) -> list:
-    "The records in a value: the list under `data` or under the only field with a list of objects, or the value itself."
-    if not isinstance(value, dict) or any(field in value for field in FORMATS): return [value]
-    lists = {f: v for f, v in value.items() if isinstance(v, list) and all(isinstance(x, dict) for x in v)}
-    return lists["data"] if "data" in lists else next(iter(lists.values())) if len(lists) == 1 else [value]
+    "The records that an object holds: the list under `data`, or its only list of objects that are no turns."
+    if not isinstance(value, dict) or any(field in value for field in FORMATS): return []
+    lists = {f: v for f, v in value.items() if isinstance(v, list) and v
+             and all(isinstance(x, dict) and not {"role", "from"} & x.keys() for x in v)}
+    return lists["data"] if "data" in lists else next(iter(lists.values())) if len(lists) == 1 else []
 
 def _read(path: Path, complain: Callable[[str], None]) -> Iterator[tuple[str, object]]:
     "Stream the records of a file, each with its place for messages."
-    for line, value in read_values(path, complain):
-        place = "row" if path.suffix == ".parquet" else "line"
-        for record in _unwrap(value): yield f"{path}, {place} {line}", record
+    values, place = read_values(path, complain), f"{path}, {'row' if path.suffix == '.parquet' else 'line'}"
+    for line, first in islice(values, 1):
+        inside = _unwrap(first)
+        more = [*islice(values, 1)] if inside else []
+        for record in inside if inside and not more else [first]: yield f"{place} {line}", record
+        for line, second in more: yield f"{place} {line}", second
+    for line, value in values: yield f"{place} {line}", value
 
 # %% ../nbs/api/00_records.ipynb #00-records-27
-_WORDS = dict(train="train", training="train", test="test", testing="test") | dict.fromkeys(
-    ("validation", "valid", "val", "dev", "eval"), "validation")
 _BACKUPS = {"bak", "backup", "old", "orig", "copy", "tmp"}
 def _from_files(name: str, folder: Path) -> dict[str, list[Path]]:
     "The files of a data set in a folder, by the split in their names; empty if there is none."
@@ -186,7 +195,7 @@ def _from_files(name: str, folder: Path) -> dict[str, list[Path]]:
     for path in files_of(name, folder):
         words = re.findall("[a-z]+", path.name[len(name):].lower())
         if _BACKUPS & {*words}: _log.warning("%s is named like a backup and not read: rename or remove it", path)
-        else: parts.setdefault(next((_WORDS[w] for w in words if w in _WORDS), ""), []).append(path)
+        else: parts.setdefault(split_in(path.name[len(name):]), []).append(path)
     return parts
 
 def in_folder(
@@ -290,27 +299,52 @@ def _records(streams: Iterable, source: str, complain: Callable[[str], None]) ->
         for file, field in sorted(new): _log.warning("%s: field %r is not read", file, field)
         record = dict(id=record_id(messages), messages=messages, source=str(first_of(raw, "source") or source))
         if weights is not None: record["token_weights"] = weights
-        if (number := _group(raw)) is not None: record["cluster"] = f"{source}/{number}"
+        if (kin := _kin(raw, source)) is not None: record["cluster"] = f"{source}/{kin}"
         if record["id"] in seen: repeated += 1
         else: yield record
         seen.add(record["id"])
     if repeated: _log.warning("%s: %d repeated records were left out", source, repeated)
 
 # %% ../nbs/api/00_records.ipynb #00-records-41
-def _cluster_number(record: dict) -> int | None:
-    "The number of a record's cluster, if it has one."
-    return int(record["cluster"].rsplit("/", 1)[1]) if "cluster" in record else None
+_APART = ("on another side than one with the same prompt: give all records of a prompt the same number in a column "
+          "`cluster`")
+def _side(record: dict, own: Iterable[str]) -> str:
+    "The side of a record, by its cluster if it has one."
+    name = record.get("cluster", "").rpartition("/")[2] or None
+    number = as_number(name)
+    return split_of(record["id"], own, number if type(number) is int else name)
+
+def _divided(parts: dict[str, list[Callable]], source: str, complain: Callable) -> Iterator[tuple[str, dict]]:
+    "The records that the source has not put into a validation or test set, each with its side."
+    own = (_records(parts.get(part, []), source, lambda complaint: None) for part in ("validation", "test"))
+    held_out, sides, found = {record["id"] for records in own for record in records}, {}, Counter()
+    try:
+        for record in _records([s for part in ("train", "") for s in parts.get(part, [])], source, complain):
+            side, asked = _side(record, parts), record["messages"][:-1]
+            if record["id"] in held_out: found["in its own validation or test set, and were left out"] += 1; continue
+            if asked and sides.setdefault(record_id(asked), side) != side: found[_APART] += 1
+            yield side, record
+    finally:
+        for what, n in found.items(): _log.warning("%s: %d records are %s", source, n, what)
 
 def _split(parts: dict[str, list[Callable]], split: str, source: str, complain: Callable) -> Iterator[dict]:
     "The records of one split of a source."
     if split in ("validation", "test") and parts.get(split): return _records(parts[split], source, complain)
-    undivided = [stream for part in ("train", "") for stream in parts.get(part, [])]
-    return (record for record in _records(undivided, source, complain)
-            if split in ("all", split_of(record["id"], parts, _cluster_number(record))))
+    if split == "all" and not {"", "train"} & parts.keys(): return _records(chain(*parts.values()), source, complain)
+    return (record for side, record in _divided(parts, source, complain) if split in ("all", side))
 
 # %% ../nbs/api/00_records.ipynb #00-records-44
 class NoRecords(ValueError):
     "Nothing is left of a split."
+
+def _own(parts: Iterable[str]) -> str:
+    "The splits of a source, for a message; empty where it is not divided."
+    return f" (its own are {', '.join(parts)})" if any(parts) else ""
+
+def _unnamed(columns: Mapping[str, str]) -> set[str]:
+    "The fields of other formats than the one that columns are named for."
+    formats = {*columns} & {*FORMATS} or ({"prompt"} if "completion" in columns else set())
+    return {*FORMATS} - formats if formats else set()
 
 def _refuse(complaint: str) -> None:
     "Raise a complaint about a file, with the way around it."
@@ -333,12 +367,12 @@ def load_records(
         raise ValueError(f"limit is {limit}: give a number of at least 1, or None for all")
     name, complaints = str(name), []
     parts, own_files = _find(name, data_dir)
-    if columns: parts = {part: [renamed(s, columns) for s in streams] for part, streams in parts.items()}
+    if columns: parts = {part: [renamed(s, columns, _unnamed(columns)) for s in parts[part]] for part in parts}
     complain = _refuse if (own_files if strict is None else strict) else complaints.append
     records = list(islice(_split(parts, split, Path(name).stem, complain), limit))
     if complaints and left_out is not None: left_out["unusable"] += len(complaints)
     ends = " ... ".join(dict.fromkeys(complaints[:1] + complaints[-1:]))
     if complaints: _log.warning("%s: left out %d unusable records: %s", name, len(complaints), ends)
     if records: return records
-    raise NoRecords(f"data set {name!r}: split {split!r} is empty: add records, "
+    raise NoRecords(f"data set {name!r}: split {split!r} is empty{_own(parts)}: add records, "
                     f"or ask for another of {', '.join(SPLITS)}, all")
