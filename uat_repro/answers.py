@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from ._templates import render_chat
+from ._templates import label_chat, render_chat
 from .models import decoder_of, eval_mode, family_of, layer_types, set_layers
 from .records import record_id, to_messages
 
@@ -63,7 +63,7 @@ def final_answer(
     "The number that stands directly behind the first `####` which has one, or else the last number."
     marked = _MARKED.search(text)
     found = marked[1] if marked else next(reversed(_NUMBER.findall(text)), None)
-    return found and re.sub(r"[$,]", "", found).rstrip(".")
+    return found and re.sub(r"^(-?)\.{2,}", r"\1", re.sub(r"[$,]", "", found)).rstrip(".")
 
 # %% ../nbs/api/10a_answers.ipynb #10a-answers-14
 @contextmanager
@@ -93,9 +93,12 @@ def _write(model: nn.Module, prompts: Sequence[list[int]], longest: int, ends: s
 
 # %% ../nbs/api/10a_answers.ipynb #10a-answers-16
 def _ends(model: nn.Module, tokenizer) -> set[int]:
-    "Ids of the tokens that end an answer."
+    "Ids of the tokens that end an answer: the model's, the tokenizer's, and the one that the template puts there."
     own = model.generation_config.eos_token_id
-    return {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    chat = [dict(role="user", content="?"), dict(role="assistant", content="x")]
+    last = next(i for i in reversed(label_chat(chat, tokenizer)[1]) if i != -100)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, *({last} & special)} - {None}
 
 def _finished(tokens: list[int], ends: set[int]) -> tuple[list[int], bool]:
     "The tokens before the first end, and whether there was none."

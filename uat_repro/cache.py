@@ -9,7 +9,7 @@ __all__ = ['PART_TOKENS', 'PART_RECORDS', 'PART', 'record_key', 'cache_identity'
            'CachedDataset']
 
 # %% ../nbs/api/04_cache.ipynb #04-cache-03
-import hashlib, json, os, warnings
+import hashlib, json, os, shutil, warnings
 from pathlib import Path
 from typing import Callable, ClassVar, Mapping, Sequence
 
@@ -49,7 +49,10 @@ def cache_identity(
                 if isinstance(getattr(m, "scaling", None), dict)]  # LoRA's layers
     acts = {k: v for k, v in unwrap(model).config.to_diff_dict().items()
             if k not in _IDLE and "drop" not in k and not k.endswith("_token_id")}
-    return dict(model=weights_hash(model), config=_key([acts, adapters]), layer=layer, records=records, below=below)
+    device = next(model.parameters()).device.type
+    rounded = [str(torch.get_autocast_dtype(device))] if torch.is_autocast_enabled(device) else []
+    config = _key([acts, adapters, *rounded])
+    return dict(model=weights_hash(model), config=config, layer=layer, records=records, below=below)
 
 # %% ../nbs/api/04_cache.ipynb #04-cache-15
 @torch.no_grad()
@@ -106,14 +109,16 @@ def _fault(file: Path, label: dict[str, str]) -> str:  # empty if nothing is
     try:
         with safe_open(file, "pt") as f: metadata, states = f.metadata() or {}, f.get_tensor("states")
         found = json.loads(metadata.get("label", "{}"))
+    except PermissionError: raise  # the states may be fine
     except (SafetensorError, OSError, ValueError): return "is damaged"
     if any(found.get(name) != label[name] for name in label): return "holds other states"
     return "" if metadata == _told(label, states) else "is damaged"
 
 # %% ../nbs/api/04_cache.ipynb #04-cache-27
 def _replace(path: Path, write: Callable[[Path], object]):
-    "Write a file beside `path`, then rename it."
-    write(part := path.with_suffix(".part"))
+    "Write a file beside `path`, then rename it; another process may do the same."
+    write(part := path.with_suffix(f".{os.getpid()}.part"))
+    if (index := path.with_name("index.json")).exists(): shutil.copymode(index, part)  # safetensors keeps others out
     os.replace(part, path)
 
 # %% ../nbs/api/04_cache.ipynb #04-cache-28
@@ -211,7 +216,7 @@ def _build(
     _same_or_raise(path, identity)
     path.mkdir(parents=True, exist_ok=True)
     index = dict(identity=identity, lengths=lengths, parts=parts, bytes=size)
-    _replace(path/"index.json", lambda part: part.write_text(json.dumps(index)))
+    if _index_of(path) != index: _replace(path/"index.json", lambda part: part.write_text(json.dumps(index)))
     runner = model if layer == -1 else split_layers(model, layer)[0]
     with tqdm(total=sum(lengths), unit="token", desc=f"hidden states, {size / 1e6:,.0f} MB", delay=2) as bar:
         for i, (records, label) in enumerate(zip(parts, _labels(index))):
@@ -253,7 +258,11 @@ class CachedDataset(torch.utils.data.Dataset):
 
     def __len__(self): return len(self.rows)
     def __getitem__(self, i: int) -> dict:
-        return {**self.dataset[self.rows[i]], "inputs_embeds": self.cache[self.rows[i]]}
+        row, r = self.dataset[self.rows[i]], self.rows[i]
+        if record_key(row["input_ids"]) != self.cache.identity["records"][r]:
+            raise ValueError(f"row {r} has other tokens than record {r} of {self.cache.path}: build the cache from the "
+                             "rows as they are now, in their order")
+        return {**row, "inputs_embeds": self.cache[r]}
 
     @property
     def lengths(self) -> list[int]: return [len(self.dataset[r]["input_ids"]) for r in self.rows]

@@ -8,7 +8,7 @@ Docs: https://uat-repro.github.io/uat-repro/api/calibration.html.md"""
 __all__ = ['reliability', 'calibration_error', 'Judged', 'judge', 'fit_temperature', 'calibration']
 
 # %% ../nbs/api/10b_calibration.ipynb #10b-calibration-03
-import math
+import logging, math
 from functools import cache, partial
 from typing import Mapping, NamedTuple, Sequence
 
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from .head import TokenScores, log_normaliser, map_tokens, summarise, token_scores
 from .models import Head, eval_mode, head_of, hidden_states
 from .tokens import lay_out
+
+_log = logging.getLogger(__name__)
 
 # %% ../nbs/api/10b_calibration.ipynb #10b-calibration-07
 def reliability(
@@ -74,9 +76,12 @@ def fit_temperature(
 ) -> float:  # between 0.05 and 20, to a thousandth
     "The temperature at which a model's loss is smallest."
     slope = cache(partial(_slope, judged))
+    if math.isnan(slope(0.0)): raise ValueError("the loss of these tokens has no slope: a logit is infinite or NaN")
     side = 1 if slope(0.0) < 0 else -1  # of zero, where the root lies: mostly near it
     far = next((side * x for x in (.25, .5, 1.0, 2.0) if slope(side * x) * side >= 0), side * 3.0)
-    return math.exp(brentq(slope, 0.0, far, xtol=1e-3) if slope(far) * side >= 0 else far)
+    if slope(far) * side >= 0: return math.exp(brentq(slope, 0.0, far, xtol=1e-3))
+    _log.warning("no temperature between 0.05 and 20 fits: the loss still falls at %.2f", math.exp(far))
+    return math.exp(far)
 
 # %% ../nbs/api/10b_calibration.ipynb #10b-calibration-17
 def _row(judged: Judged, temperature: float, bins: int) -> dict:

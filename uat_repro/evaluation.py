@@ -9,11 +9,12 @@ __all__ = ['ROLES', 'LOCAL_TASKS', 'NEED_PUNKT', 'Measures', 'hardest', 'by_reco
            'evaluate', 'summarise', 'role_of', 'benchmark']
 
 # %% ../nbs/api/10_evaluation.ipynb #10-evaluation-03
-import json, os, tempfile
+import json, logging, os, tempfile
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import files
 from importlib.util import find_spec
+from numbers import Real
 from pathlib import Path
 from typing import Callable, Iterator, Mapping, NamedTuple, Sequence
 
@@ -25,6 +26,8 @@ from ._templates import with_fixed_date
 from .head import TokenScores, frozen, scores_and_divergence, token_scores
 from .models import Head, eval_mode, head_of, hidden_states, use_bf16
 from .tokens import Layout, lay_out
+
+_log = logging.getLogger(__name__)
 
 # %% ../nbs/api/10_evaluation.ipynb #10-evaluation-07
 class Measures(NamedTuple):
@@ -72,6 +75,7 @@ def by_record(
 class Initial(NamedTuple):
     "The initial model on one batch with N response tokens."
     states: Tensor  # (N, H) last hidden states that predict the tokens, on the CPU
+    targets: Tensor  # (N,) ids of the tokens, on the CPU
     head: Head  # of the initial model, `frozen`
     log_z: Tensor  # (N,) logarithm of the normaliser of each distribution
     hard: Tensor  # (N,) bool, the hard tokens
@@ -116,9 +120,16 @@ def measure_baseline(
     hard = hardest([s.loss for s in scores])
     measures = [Measures(s.loss, s.entropy, s.correct.float(), torch.zeros_like(s.loss)) for s in scores]
     records = pd.concat(map(by_record, layouts, (b["id"] for b in batches), hard, measures), ignore_index=True)
-    return Baseline([Initial(h, head, s.log_z, mask) for h, s, mask in zip(kept, scores, hard)], scores, records)
+    return Baseline([Initial(h, layout.targets.cpu(), head, s.log_z, mask)
+                     for h, layout, s, mask in zip(kept, layouts, scores, hard)], scores, records)
 
 # %% ../nbs/api/10_evaluation.ipynb #10-evaluation-25
+def _check_same(initial: Sequence[Initial], layouts: Sequence[Layout]) -> None:
+    "Raise a `ValueError` unless the baseline is of the tokens of these batches."
+    theirs, ours = ([x.targets.tolist() for x in batches] for batches in (initial, layouts))
+    if theirs != ours: raise ValueError("the baseline is of other batches, or of these in another order: measure it again "
+                                        "on the batches that are given to `evaluate`")
+
 def _measure(model: nn.Module, batch: Mapping, layout: Layout, initial: Initial | None) -> Measures:
     "The measures of the response tokens of a batch."
     hidden, head = layout.predicting(hidden_states(model, batch)), head_of(model)  # (N, H)
@@ -138,6 +149,7 @@ def evaluate(
     "Measure a model on held-out records: a row for each, means over its response tokens."
     _check_batches(batches)
     layouts, initial = [lay_out(b) for b in batches], baseline.batches if baseline else [None] * len(batches)
+    if baseline: _check_same(initial, layouts)
     with eval_mode(model): measures = list(map(_measure, [model] * len(batches), batches, layouts, initial))
     hard = [x and x.hard for x in initial]
     return pd.concat(map(by_record, layouts, (b["id"] for b in batches), hard, measures), ignore_index=True)
@@ -183,7 +195,7 @@ def _has_punkt() -> bool:
 # %% ../nbs/api/10_evaluation.ipynb #10-evaluation-44
 def _usable(task: str, source: Path, target: Path) -> int:
     "Copy the records that this machine can judge; how many are left out."
-    lines = source.read_text(encoding="utf-8").splitlines()
+    lines = list(filter(None, source.read_text(encoding="utf-8").split("\n")))  # other marks of lines stand in texts
     counts = lambda line: bool(set(json.loads(line)["instruction_id_list"]) & set(NEED_PUNKT))
     fine = lines if task != "ifeval" or _has_punkt() else [line for line in lines if not counts(line)]
     target.write_text("\n".join(fine) + "\n", encoding="utf-8")
@@ -204,13 +216,18 @@ def _local(task: str, data_dir: Path, folder: Path) -> int | None:
 # %% ../nbs/api/10_evaluation.ipynb #10-evaluation-48
 def _task_of(name: str, tasks: Sequence[str]) -> str:
     "The task that was asked for, from the name of one of its parts (`mmlu_anatomy`) or of its local copy."
-    return max((t for t in tasks if name == t or name.startswith(f"{t}_")), key=len)
+    return max((t for t in tasks if name == t or name.startswith(f"{t}_")), key=len, default=name)  # parts of any name
+
+def _number(value: object) -> float | None:
+    "What the harness says of one record, as a mean where it says several things; None where it is no number."
+    parts = [x.item() if hasattr(x, "item") else x for x in (value if isinstance(value, list) else [value])]
+    return sum(map(float, parts)) / len(parts) if parts and all(isinstance(x, Real) for x in parts) else None
 
 def _rows(name: str, task: str, sample: Mapping) -> Iterator[dict]:
     "What the harness says of one record: a row for each measure."
     for m in sample["metrics"]:
         metric = m if sample["filter"] == "none" else f"{m}, {sample['filter']}"
-        value = float(torch.tensor(sample[m], dtype=torch.float32).mean())
+        if (value := _number(sample[m])) is None: continue
         yield dict(task=task, record=f"{name.removesuffix('_local')}/{sample['doc_id']}", metric=metric, value=value,
                    response=str(sample["filtered_resps"][0]))
 
@@ -228,6 +245,11 @@ def _run_harness(network, tasks: Sequence[str], folder: str, **more) -> dict:
                            bootstrap_iters=0, **more)["samples"]
 
 # %% ../nbs/api/10_evaluation.ipynb #10-evaluation-51
+def _warn_of_aggregates(found: Mapping[str, Sequence[Mapping]]) -> None:
+    "Name the measures that are none of single records, such as F1."
+    lost = {m for samples in found.values() for s in samples for m in s["metrics"] if _number(s[m]) is None}
+    if lost: _log.warning("left out %s, which are of all records together, not of each", ", ".join(sorted(lost)))
+
 def _in_bf16(model: nn.Module) -> bool:
     "Whether a benchmark computes in bfloat16: on a GPU that can, as the trainings there. A CPU's answers stay the same."
     return model.device.type == "cuda" and use_bf16()
@@ -254,5 +276,7 @@ def benchmark(
         left_out = {t: _local(t, files, Path(folder)) for t in tasks}
         names = [t if left_out[t] is None else f"{t}_local" for t in tasks]
         found = _run_harness(network, names, folder, limit=limit, gen_kwargs=generation)
+    _warn_of_aggregates(found)
     rows = [r for name, samples in found.items() for s in samples for r in _rows(name, _task_of(name, tasks), s)]
-    return pd.DataFrame(rows), {t: n or 0 for t, n in left_out.items()}
+    columns = "task", "record", "metric", "value", "response"
+    return pd.DataFrame(rows, columns=columns), {t: n or 0 for t, n in left_out.items()}

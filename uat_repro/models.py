@@ -285,7 +285,7 @@ def _modules_at(model: nn.Module, sites: tuple[str, ...]) -> dict[str, list[nn.M
     "The modules of each site. Raises where dropout would have no effect."
     decoder, family = _parts_of(model)
     config, layers = decoder.config, getattr(decoder, family.layers)
-    attention, mlp = ([getattr(x, name) for x in layers if hasattr(x, name)] for name in (family.attention, family.mlp))
+    attention, mlp = ([m for x in layers if (m := getattr(x, name, None))] for name in (family.attention, family.mlp))
     found = dict(attention=attention, mlp=mlp, probabilities=attention, final=[getattr(decoder, family.norm)])
     if empty := [site for site in sites if not found[site]]:
         raise ValueError(f"no place for dropout at {', '.join(empty)} in {config.model_type}: see models.FAMILIES")

@@ -172,6 +172,15 @@ def _documents(row: dict) -> list[dict]:
     ends = [0, *accumulate(row["seq_lengths"])]
     return [{name: row[name][i:j] for name in row if name != "seq_lengths"} for i, j in zip(ends, ends[1:])]
 
+def _without_padding(row: dict) -> dict:
+    "A row without the tokens that its own mask leaves out; a `ValueError` names a row that has states of other tokens."
+    if "inputs_embeds" in row and not _per_token(row, "inputs_embeds"):
+        raise ValueError(f"record {row.get('id')!r} has {len(row['labels'])} tokens and {len(row['inputs_embeds'])} "
+                         "states: build the cache from the rows as they are now")
+    if "attention_mask" not in row or all(row["attention_mask"]): return row
+    kept = [i for i, real in enumerate(row["attention_mask"]) if real]
+    return {name: [row[name][i] for i in kept] if _per_token(row, name) else row[name] for name in row}
+
 def _in_one_row(batch: dict) -> dict:
     "The documents of a padded batch one after the other, in a row whose positions start again at each."
     real = batch.pop("attention_mask").bool()  # (B, T)
@@ -189,7 +198,8 @@ class Collator:
     ) -> dict:  # tensors (B, T) or (B, T, H), `attention_mask` or if packed `position_ids`, and lists `id`, `source`
         if not rows: raise ValueError("there are no rows to make a batch of")
         for row in rows: require_field(row, "labels")
-        packed, rows = "seq_lengths" in rows[0], _complete([part for row in rows for part in _documents(row)])
+        parts = [_without_padding(part) for row in rows for part in _documents(row)]
+        packed, rows = "seq_lengths" in rows[0], _complete(parts)
         fill = dict(input_ids=self.pad, labels=-100)
         own = "attention_mask", "loss_weights"
         names = [name for name in rows[0] if name not in own and _per_token(rows[0], name)]
@@ -254,15 +264,19 @@ def valid_tokens(
     if getattr(attention_mask, "shape", None) == labels.shape: first[:, 1:] |= attention_mask[:, :-1] == 0
     return (labels != -100) & ~first
 
+def _real(batch: Mapping) -> Tensor:
+    "The tokens (B, T) of a batch that are no padding."
+    mask = batch.get("attention_mask")
+    return (mask if getattr(mask, "shape", None) == batch["labels"].shape else torch.ones_like(batch["labels"])) != 0
+
 def document_numbers(
-    batch: Mapping,  # with `labels` (B, T) and, if rows are packed, `position_ids` (B, T)
+    batch: Mapping,  # with `labels` (B, T), if rows are packed `position_ids` (B, T), if padded `attention_mask` (B, T)
 ) -> Tensor:  # (B, T) int, running over the batch
     "The number of each position's document: the row, or in a packed row the document that begins at position 0."
-    labels, position_ids = batch["labels"], batch.get("position_ids")
+    labels, position_ids, real = batch["labels"], batch.get("position_ids"), _real(batch)
     if position_ids is None: return torch.arange(len(labels), device=labels.device)[:, None].expand(labels.shape)
-    first = position_ids == 0
-    first[:, 0] = True
-    return first.flatten().cumsum(0).view(labels.shape) - 1
+    first = real & ((position_ids == 0) | (real.cumsum(1) == 1))
+    return (first.flatten().cumsum(0).view(labels.shape) - 1).clamp(min=0)
 
 # %% ../nbs/api/01_tokens.ipynb #01-tokens-40
 @dataclass(frozen=True)
@@ -303,10 +317,11 @@ def token_texts(
     tokenizer,  # turns token ids into text
 ) -> list[str]:  # one for each token
     "The text of each token; a character of several tokens is the text of its last, and � that of the others."
-    texts, begun = [], []
+    texts, begun, before = [], [], tokenizer("a", add_special_tokens=False)["input_ids"]
+    decode = lambda part: tokenizer.decode([*before, *part]).removeprefix(tokenizer.decode(before))
     for i in ids:
-        text = tokenizer.decode([*begun, i])
-        if begun and "�" in text[:-1]: begun, text = [], tokenizer.decode([i])  # what was begun does not go on
+        text = decode([*begun, i])
+        if begun and "�" in text[:-1]: begun, text = [], decode([i])  # what was begun does not go on
         begun = [*begun, i] if text.endswith("�") and len(begun) < 3 else []  # no character has more than four bytes
         texts.append("�" if begun else text)
     return texts
@@ -320,7 +335,7 @@ def token_frame(
     "One row for each response token of a batch."
     require_field(batch, "id")
     layout, positions = lay_out(batch), batch.get("position_ids")
-    if positions is None: positions = torch.arange(layout.valid.shape[1]).expand(layout.valid.shape)
+    if positions is None: positions = _real(batch).cumsum(1) - 1
     documents, ids = layout.documents.tolist(), batch["id"]
     if documents and documents[-1] >= len(ids):
         raise ValueError(f"the batch has {documents[-1] + 1} documents and {len(ids)} ids: give one for each document")

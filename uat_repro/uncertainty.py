@@ -244,7 +244,7 @@ def choose_posterior(
                          "reliability rises with their number; use the same for all")
     inflation, reliability = zip(*((u.inflation(), u.reliability().spearman) for u in estimates))
     harmless = [n for n, x in enumerate(inflation) if x <= max_inflation]
-    if not harmless: return min(range(len(inflation)), key=inflation.__getitem__)
+    if not harmless: return min(range(len(inflation)), key=lambda n: (math.isnan(inflation[n]), inflation[n]))
     return max(harmless, key=lambda n: -math.inf if math.isnan(reliability[n]) else reliability[n])
 
 # %% ../nbs/api/05_uncertainty.ipynb #05-uncertainty-58
