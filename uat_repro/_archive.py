@@ -8,10 +8,10 @@ Docs: https://uat-repro.github.io/uat-repro/api/archive.html.md"""
 __all__ = ['import_runs']
 
 # %% ../nbs/api/11b_archive.ipynb #11b-archive-03
-import base64, lzma, os, shutil, tarfile, tempfile, time, zlib
+import lzma, os, shutil, tarfile, tempfile, time, zlib
 from pathlib import Path
 
-from ._verify import altered, is_reference
+from ._verify import altered, is_reference, recorded
 from .results import catalogue, claim_folder, folder_of, locked, read_json, result_files
 
 # %% ../nbs/api/11b_archive.ipynb #11b-archive-05
@@ -34,11 +34,7 @@ def _folder_in(source: Path, scratch: str) -> Path:
 # %% ../nbs/api/11b_archive.ipynb #11b-archive-07
 def _records(home: Path, run: Path) -> list[Path]:
     "Snakemake's records of the files of a run, relative to the folder of results."
-    kept = home / ".snakemake" / "metadata"
-    def file_of(record: Path) -> Path:
-        name = "".join(part.removeprefix("@") for part in record.relative_to(kept).parts)  # a long one is cut
-        return Path(base64.urlsafe_b64decode(name).decode())
-    return [p.relative_to(home) for p in kept.rglob("*") if p.is_file() and file_of(p).parent == run]
+    return [record.relative_to(home) for record in recorded(home).get(run, {}).values()]
 
 def _files(home: Path, run: Path) -> list[Path]:
     "All files of a run, relative to the folder of results, with `result.json`, which marks it as done, at the end."
@@ -54,14 +50,14 @@ def _made_from_others(about: dict, workdir: Path) -> str:
     for dataset, hash in made.get("data", {}).items():
         prepared = workdir / folder_of("prepare", dict(model=model, dataset=dataset)) / "result.json"
         here = read_json(prepared)["manifest"] if prepared.exists() else made
-        if (here["data"][dataset], here["weights"]) != (hash, made["weights"]): return dataset
+        if (here["data"].get(dataset), here.get("weights")) != (hash, made.get("weights")): return dataset
     return ""
 
 def _fault(home: Path, run: Path, workdir: Path) -> str:
     "What speaks against taking a run; empty where nothing does."
     if wrong := altered(home / run): return wrong[0].replace(f"{home}/", "")
     about = read_json(home / run / "result.json")
-    if not isinstance(about, dict) or "seal" not in about: return f"{run} has no hashes of its files"
+    if not isinstance(about, dict) or not {"seal", "files"} <= about.keys(): return f"{run} has no hashes of its files"
     if not _records(home, run): return f"{run} has no records of Snakemake: copy hidden files too (.snakemake)"
     prepared = "dataset" in catalogue()["experiments"][run.parts[0]]["axes"]  # of others, `data` names benchmarks
     other = _made_from_others(about, workdir) if prepared else ""
@@ -83,6 +79,7 @@ def import_runs(
                 if ".." in run.parts: raise ValueError(f"{source} names the run {run}, which lies outside of it")
                 if (workdir / run / "result.json").exists() or not (home / run / "result.json").exists(): continue
                 if fault := _fault(home, run, workdir): faults.append(fault); continue
+                shutil.rmtree(workdir / run, ignore_errors=True)  # of a run that was begun here
                 for file in _files(home, run):
                     (workdir / file).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(home / file, workdir / file)

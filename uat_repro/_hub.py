@@ -49,7 +49,8 @@ def split_in(
 def from_hub(name: str) -> dict[str, list[Callable]]:
     "A data set of the hub, split by split; raises what `load_dataset` raises, and where two splits mean the same."
     from datasets import load_dataset
-    found, parts = load_dataset(**on_hub(name)), {}
+    found = load_dataset(**on_hub(name))
+    parts: dict[str, list[Callable]] = {}
     for own, dataset in found.items():
         split = own if own in _WORDS.values() else split_in(own)
         if split != own and split in found: continue  # as test_mini beside test

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import huggingface_hub as hub, pandas as pd, yaml
 from accelerate import PartialState
-from transformers import PrinterCallback, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from ._arguments import Reading
 from ._card import model_card
@@ -178,6 +178,7 @@ def train_model(model, tokenizer, rows, held_out, chosen, lora=False, reference=
     "The Trainer after training, and the loss (nats per token) before and after on each of the held-out rows: id, ood."
     if chosen.needs_reference and reference is None:
         raise ValueError("the objective compares with a model that was trained on such data: pass it by --reference")
+    if lora: set_seed(args.get("seed", 42))  # of the adapter's random start
     model, teacher = add_lora(model) if lora else model, None
     if chosen.needs_teacher:  # the reference, or the initial model
         initial = AdapterTeacher if lora else FrozenTeacher
@@ -292,13 +293,14 @@ def run_training(asked) -> None:
     name, spec, reference = name_of(asked.dataset), Path(asked.model).name, asked.reference
     other = reference and second(reference, tokenizer)
     data = {name: digest(rows)} | ({f"{ood} (OOD)": digest(held_out["ood"])} if ood else {})
-    made = manifest(asked.seed, data, {spec: weights_hash(network)}, template_date=TEMPLATE_DATE)
+    weights = {spec: weights_hash(network)} | ({"reference": weights_hash(other)} if reference else {})
+    made = manifest(asked.seed, data, weights, template_date=TEMPLATE_DATE)
     source = Path(asked.dataset)
     about = dict(dataset=name, model=spec, objective=asked.objective, settings=vars(chosen), documents=len(rows),
                  files=file_hash(source) if source.is_file() else files_digest(asked.dataset, asked.data_dir),
                  ood=ood, manifest=made)
     start = dict(data=made["data"], tokens=tokens_hash(rows), weights=made["weights"], objective=vars(chosen),
-                 lora=asked.lora, seed=asked.seed, reference=reference and Path(reference).name,
+                 lora=asked.lora, seed=asked.seed,
                  learning_rate=asked.learning_rate, batch_size=asked.batch_size, accumulate=asked.accumulate,
                  epochs=asked.epochs, processes=PartialState().num_processes, bf16=trainer_arguments(asked)["bf16"])
     keep_start(asked.out, start, asked.resume)

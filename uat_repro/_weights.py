@@ -288,6 +288,17 @@ def _why(error: Exception, name: str, revision: str) -> str:
     return f"{text[:400]} ({_ALLOWED})"
 
 # %% ../nbs/api/02a_weights.ipynb #02a-weights-23
+def _whole(model: PreTrainedModel, source: dict) -> PreTrainedModel:
+    "A model without adapter, whose weights hold what the adapter of its folder adds; others as they are."
+    if not getattr(model, "_hf_peft_config_loaded", False): return model
+    from peft import PeftConfig, PeftModel
+    name, how = source["pretrained_model_name_or_path"], dict(revision=source["revision"])
+    base = PeftConfig.from_pretrained(name, **how).base_model_name_or_path
+    attention = model.config._attn_implementation
+    plain = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False, use_safetensors=True, dtype=model.dtype,
+                                                 attn_implementation=attention)
+    return PeftModel.from_pretrained(plain, name, **how).merge_and_unload()
+
 def load_model(
     spec: str,  # hub id (`name` or `name@revision`), folder, `.gguf` file, name in `PACKAGED_WEIGHTS` or `TINY`
     dtype: str | torch.dtype = "float32",  # dtype of the weights
@@ -314,7 +325,7 @@ def load_model(
     if absent := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
         raise OSError(f"cannot load {spec!r}: its weights lack {len(absent)} tensors of the shape that config.json "
                       f"asks for, such as {absent[0]}; download or convert them again")
-    return model.eval(), tok
+    return _whole(model, source).eval(), tok
 
 # %% ../nbs/api/02a_weights.ipynb #02a-weights-27
 def weights_hash(model: nn.Module) -> str:  # 16 hexadecimal digits
@@ -322,5 +333,5 @@ def weights_hash(model: nn.Module) -> str:  # 16 hexadecimal digits
     h = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
         h.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())
-        h.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        h.update(p.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()[:16]

@@ -174,7 +174,7 @@ def verify(
     as_json: Json = False,
 ):
     "Say which results are missing, altered or stale; the exit status is 1 where some are."
-    from uat_repro._verify import altered, altered_drawn
+    from uat_repro._verify import altered, altered_drawn, without_record
     from uat_repro.results import catalogue, figures, result_files
     profile = _open_results(workdir)
     runs, drawn = result_files(profile), {name: catalogue()["figures"][name]["files"] for name in figures(profile)}
@@ -185,6 +185,7 @@ def verify(
         missing=[f"{workdir / f} is missing" for f in gone],
         altered=[fault for f in runs if f not in gone for fault in altered((workdir / f).parent)]
         + [f"{path} is altered" for name in drawn for path in altered_drawn(workdir, name)],
+        unknown=[f"{workdir / run} has no record of what it was made of" for run in without_record(workdir, profile)],
         stale=sorted(f"{run} is stale: its code, its data, or what it reads is newer or missing"
                      for run in _stale(workdir, data_dir) if run.notebook not in named))
     told = [fault for kind in kinds.values() for fault in kind]
@@ -251,6 +252,7 @@ def score(
     from uat_repro.uncertainty import SCORES, MCDropout
     from uat_repro.workflow import nearest
     if by not in SCORES: raise ValueError(f"there is no score {by!r}: {nearest(by, SCORES)}")
+    out.mkdir(parents=True, exist_ok=True)  # rather told now than after hours
     posterior, (network, tokenizer) = MCDropout(p, samples, tuple(sites)), tasks.load(asked.model, asked.chat_template)
     chats = tasks.read_records(asked, split, records)
     tokens = tasks.scored(chats, network, tokenizer, asked.max_length, posterior)
@@ -284,11 +286,12 @@ def evaluate(
     from uat_repro.effects import mean_effect
     from uat_repro.evaluation import benchmark
     from uat_repro.results import markdown_table, write_frame, write_whole
+    out.mkdir(parents=True, exist_ok=True)
     logging.getLogger("lm_eval").setLevel("ERROR")  # it warns of arguments that no command has
     network, tokenizer = tasks.load(model, chat_template)
     samples, left_out = benchmark(network, tokenizer, task, data_dir, limit, max_new_tokens, batch_size)
     write_frame(out / "samples.parquet", samples)
-    lines = [[task, metric, mean_effect(part, "value", seeds=None, unit="share"), len(part), left_out[task]]
+    lines = [[task, metric, mean_effect(part, "value", seeds=None, unit="share"), len(part), left_out.get(task, 0)]
              for (task, metric), part in samples.groupby(["task", "metric"], sort=False)]
     text = markdown_table(["task", "metric", "score, with 95% interval", "records", "left out"], lines)
     write_whole(out / "scores.md", text + "\n")

@@ -220,7 +220,7 @@ def _task_of(name: str, tasks: Sequence[str]) -> str:
 
 def _number(value: object) -> float | None:
     "What the harness says of one record, as a mean where it says several things; None where it is no number."
-    parts = [x.item() if hasattr(x, "item") else x for x in (value if isinstance(value, list) else [value])]
+    parts: list = [x.item() if hasattr(x, "item") else x for x in (value if isinstance(value, list) else [value])]
     return sum(map(float, parts)) / len(parts) if parts and all(isinstance(x, Real) for x in parts) else None
 
 def _rows(name: str, task: str, sample: Mapping) -> Iterator[dict]:

@@ -343,6 +343,7 @@ def check_disk(
 ) -> None:
     "Raise where the disk has less than `needed` GB left."
     free = shutil.disk_usage(workdir).free / 1e9
+    needed -= sum(p.stat().st_size for p in Path(workdir).rglob("*") if p.is_file()) / 1e9  # what is there already
     if free >= needed: return
     remedy = "free some, or choose another --workdir"
     raise OSError(ENOSPC, f"the disk of {workdir} has {free:.1f} GB left, the runs need about {needed:g}: {remedy}")

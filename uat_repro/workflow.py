@@ -9,7 +9,8 @@ __all__ = ['FLOW', 'DEFAULTS', 'ASIDE', 'nearest', 'load_profile', 'parameters',
            'events', 'about', 'Progress', 'plan', 'watch', 'reproduce']
 
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-03
-import json, os, subprocess, sys, tempfile, time
+import json, os, re, subprocess, sys, tempfile, time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -17,15 +18,16 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
+from urllib.parse import quote
 
 import yaml
 from ._arguments import read_sections
 from ._files import files_of
 from ._gpu import gpu_mb
 from ._signals import Terminated, end_family, follow_parent
-from ._verify import as_it_took, costs_of, discard_altered
+from ._verify import as_it_took, check_records, costs_of, discard_altered
 from .results import (AXES, catalogue, check_disk, claim_folder, cost, figures, inside, locked, manifest,
-                               notebooks_folder, traceback_of, write_json)
+                               notebooks_folder, result_files, traceback_of, write_json)
 
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-06
 FLOW = Path(str(files("uat_repro"))) / "workflow"  # catalogue, profiles and Snakefile
@@ -55,7 +57,9 @@ def _sections(name: str, heirs: tuple[Path, ...] = ()) -> dict:
         raise ValueError(f"there is no profile {name!r}: {nearest(name, shipped)}, or the path of a .yaml file")
     if path in heirs: raise ValueError(f"profile {name} is its own base: leave `base` out, or name another profile")
     own = read_sections(path)
-    base = _sections(str(own.pop("base")), (*heirs, path)) if "base" in own else {}
+    below = str(own.pop("base", ""))
+    if (beside := path.parent / below).is_file(): below = str(beside)
+    base = _sections(below, (*heirs, path)) if below else {}
     return {**base, **{k: {**base[k], **v} if k in base and isinstance(v, dict) else v for k, v in own.items()}}
 
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-14
@@ -69,10 +73,13 @@ def _check_profile(profile: dict, name: str) -> None:
     "Known sections of the right type, all that must be there, known values of the grid."
     for k, v in profile.items():
         _check_name(k, [*DEFAULTS, *catalogue()["experiments"]], f"profile {name}")
-        if not isinstance(v, kind := type(DEFAULTS.get(k, {}))):
+        kind = type(DEFAULTS.get(k, {}))
+        if not isinstance(v, (int, float) if kind is float else kind):
             raise ValueError(f"{k!r} of profile {name} is of type {type(v).__name__}: make it a {kind.__name__}")
-        for entry, values in profile[k].items() if k in ("models", "regimes", "objectives") else ():
-            if not isinstance(values, dict):
+        for entry, values in profile[k].items() if k in ("models", "datasets", "regimes", "objectives", "figures") else ():
+            if k != "figures" and not re.fullmatch(r"[\w.-]+", str(entry)):
+                raise ValueError(f"{entry!r} under {k!r} of profile {name} names folders: use letters, digits, . _ and -")
+            if not isinstance(values, dict) and entry != "seconds":
                 raise ValueError(f"{entry!r} under {k!r} of profile {name} is {values!r}: make it names with values")
         if not v and k in [*DEFAULTS][:3]: raise ValueError(f"profile {name} lacks the section {k!r}: add it")
         for section, value in _named(v):
@@ -90,8 +97,13 @@ def load_profile(
     "The parameters of a profile. Raises on an unknown name in it, with the nearest known one."
     profile, stem = {**DEFAULTS, **_sections(name)}, Path(name).stem
     _check_profile(profile, stem)
-    more = {d: p for d, p in profile.pop("datasets_if_available").items() if data_dir and files_of(d, data_dir)}
-    return dict(profile, datasets={**profile["datasets"], **more}, profile=stem)
+    given = lambda dataset: bool(data_dir) and bool(files_of(dataset, data_dir))
+    more = {d: p for d, p in profile.pop("datasets_if_available").items() if given(d)}
+    profile |= dict(datasets={**profile["datasets"], **more}, profile=stem)
+    for file, n in Counter(result_files(profile)).items():
+        if n > 1: raise ValueError(f"two runs of profile {stem} would share {Path(file).parent}: rename a model or data set")
+    own = [d for d in profile["datasets"] if given(d)]  # forgetting the folder would replace them
+    return profile | (dict(from_data_dir=own) if own else {})
 
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-20
 ASIDE = {*(f"{axis}s" for axis in AXES), "grid", "where", "seconds", "resources"}  # no parameters of a notebook
@@ -121,6 +133,7 @@ def snakemake_command(
     config: str | Path | None = None,  # configuration; `profile.json` of the folder of results if None
 ) -> list[str]:  # for `subprocess`
     "The call of Snakemake that makes what is missing."
+    relpath = lambda to, start: os.path.relpath(os.path.realpath(to), os.path.realpath(start))
     places = dict(nbs=notebooks) | (dict(data_dir=data_dir) if data_dir else {})
     memory, needs = (f" gpu_mb={gpu_mb[0]}", [f"gpu_mb={json.dumps(gpu_mb[1])}"]) if gpu_mb else ("", [])
     here = f"--cores {cores} --resources gpu={gpu_runs}{memory}".split()
@@ -128,7 +141,7 @@ def snakemake_command(
     return [sys.executable, "-c", "from uat_repro.workflow import snakemake_main; snakemake_main()", *targets, *where,
             "--snakefile", str(FLOW / "Snakefile"), f"--directory={workdir}", "--logger", "events",
             f"--configfile={config or Path(workdir) / 'profile.json'}",
-            "--config", *(f"{k}={os.path.relpath(v, workdir)}" for k, v in places.items()), *needs,
+            "--config", *(f"{k}=./{quote(relpath(v, workdir))}" for k, v in places.items()), *needs,  # read as YAML
             *"--rerun-incomplete --rerun-triggers mtime input params --keep-going --nocolor --scheduler greedy".split()]
 
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-34
@@ -257,7 +270,7 @@ def _failures(workdir: Path, failed: list[Run], error: str) -> None:
     "Print why runs failed."
     log = workdir / "snakemake.log"
     for run in failed:
-        why = traceback_of(workdir / run.notebook) or f"no cell has a traceback; Snakemake's words are in {log}"
+        why = traceback_of(workdir / run.notebook) or f"no cell has a traceback; what was said is in {log}"
         print(f"\n{run} failed, see {workdir / run.notebook}:\n{why}", file=sys.stderr)
     if not failed: print(_reason(error) or f"Snakemake stopped; its words are in {log}", file=sys.stderr)
     print("\nonce it is mended, run the same command again: finished runs are kept", file=sys.stderr)
@@ -331,8 +344,10 @@ def reproduce(
     targets += [f"{run.notebook[10:-6]}/result.json" for run in needed if run.rule in catalogue()["experiments"]]
     if dry_run: return _list_runs(conf, workdir, **how)
     if update: _plan_for(conf, workdir, **how)  # a plan that fails must not change the folder
-    claim_folder(workdir, conf, update)
+    if not (update and (workdir / "profile.json").exists()): claim_folder(workdir, conf, update)
     with locked(workdir) as lock:
+        claim_folder(workdir, conf, update)  # once more, as another command may have had it meanwhile
+        check_records(workdir, conf)
         for why in discard_altered(workdir, conf, drawn or figures(conf)): print(f"{why}: it is made again", flush=True)
         status = _make(conf, workdir, snakemake_command(workdir, **how), cores, lock)
     if not status: _show_claims(workdir, notebooks.parent / "reference" / conf["profile"], label)
