@@ -1,5 +1,5 @@
 """A cache of hidden states never gives those of something else."""
-import json
+import json, subprocess, sys
 
 import pytest, torch
 from safetensors.torch import load_file, save_file
@@ -34,6 +34,37 @@ def test_any_batch_size_completes_a_cache(tmp_path, first, second):
     kept = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("states-*")}
     assert len(kept) > 2 and right(HiddenCache.build(model, ROWS, tmp_path, batch_size=second), model)
     assert kept == {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("states-*") if p.name in kept}
+
+
+def test_others_of_the_group_can_read_and_a_whole_cache_is_not_written_again(tmp_path):
+    HiddenCache.build(tiny_model(), ROWS, tmp_path)
+    modes = {p.name: p.stat().st_mode for p in tmp_path.iterdir()}
+    assert set(modes.values()) == {(tmp_path/"index.json").stat().st_mode}
+    before = (tmp_path/"index.json").stat().st_mtime_ns
+    HiddenCache.build(tiny_model(), ROWS, tmp_path)
+    assert (tmp_path/"index.json").stat().st_mtime_ns == before
+
+
+def test_what_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    HiddenCache.build(tiny_model(), ROWS, tmp_path)
+    def refuse(*args, **more): raise PermissionError(13, "Permission denied", str(args[0]))
+    monkeypatch.setattr(cache, "safe_open", refuse)
+    with pytest.raises(PermissionError): HiddenCache(tmp_path)
+
+
+BUILD = """
+import sys
+from uat_repro import cache
+from uat_repro.models import tiny_model
+cache.PART_TOKENS = cache.PART_RECORDS = 4
+cache.HiddenCache.build(tiny_model(), [dict(input_ids=list(range(3, 8 + i))) for i in range(40)], sys.argv[1])
+"""
+
+def test_two_processes_build_one_cache(tmp_path):
+    both = [subprocess.Popen([sys.executable, "-c", BUILD, str(tmp_path)], stderr=subprocess.PIPE) for _ in range(2)]
+    said = [process.communicate()[1].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert len(HiddenCache(tmp_path)) == 40 and not list(tmp_path.glob("*.part"))
 
 
 @pytest.mark.parametrize("index", [None, "", "{", "[]", "{}"])

@@ -10,7 +10,7 @@ import yaml
 
 from uat_repro import _doctor, _tasks, cli, workflow
 from uat_repro.masking import select_tokens
-from uat_repro.models import load_model
+from uat_repro.models import load_model, tiny_model, tiny_tokenizer, weights_hash
 from uat_repro._files import file_hash
 from uat_repro.results import read_json, result_files, write_json
 from uat_repro.tokens import Collator, encode_all
@@ -145,6 +145,33 @@ def test_no_text_of_a_record_reaches_the_terminal_or_the_page_as_it_is(tmp_path,
 def sums(path, count=40):
     "A file of so many little sums."
     path.write_text("\n".join(json.dumps(dict(question=f"{i} + {i}?", answer=f"{2 * i}")) for i in range(count)))
+
+
+def test_training_goes_on_from_an_adapter_and_its_seed_is_that_of_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sums(tmp_path / "sums.jsonl")
+    for part in load_model("tiny-llama"): part.save_pretrained("base")
+    def train(out, *more):
+        assert cli.main(["train", "sums.jsonl", "--lora", "--learning-rate", "0.05", "--out", out, *more]) == 0
+        return json.loads((tmp_path / out / "result.json").read_text())
+    first = train("one", "--model", "base")
+    assert train("same", "--model", "base")["loss_after"] == first["loss_after"]
+    assert train("two", "--model", "base", "--seed", "1")["loss_after"] != first["loss_after"]
+    again = train("three", "--model", "one/model")
+    assert again["loss_before"] == pytest.approx(first["loss_after"], abs=1e-4) and again["loss_after"] < first["loss_after"]
+
+
+def test_training_does_not_go_on_against_another_reference(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sums(tmp_path / "sums.jsonl")
+    for seed in 0, 1:
+        for part in (tiny_model(seed=seed), tiny_tokenizer()): part.save_pretrained(f"{seed}/model")
+    asked = ["train", "sums.jsonl", "--model", "tiny-llama", "--objective", "rho1", "--checkpoint-every", "1", "--out", "out"]
+    assert cli.main([*asked, "--reference", "0/model"]) == 0
+    made = json.loads((tmp_path / "out/result.json").read_text())["manifest"]["weights"]
+    assert made["reference"] == weights_hash(tiny_model()) and set(made) == {"tiny-llama", "reference"}
+    assert cli.main([*asked, "--reference", "1/model", "--resume"]) == 1
+    assert "other values of weights" in capsys.readouterr().err
 
 
 def test_what_is_typed_wins_over_a_file_of_arguments(tmp_path, monkeypatch):

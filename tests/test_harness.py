@@ -36,6 +36,15 @@ def test_prompts_that_cannot_be_judged_are_left_out_and_counted(folder):
     assert value["ifeval/1", "prompt_level_strict_acc"] == 0 and 0 <= value["ifeval/1", "inst_level_strict_acc"] <= .5
 
 
+def test_a_line_ends_where_json_says_so(tmp_path):
+    "Other marks of a line may stand in a text."
+    rows = [dict(question=f"{i}\u2028{i}\u0085{i}?", answer=f"#### {i}") for i in range(3)]
+    for name in "train", "test":
+        (tmp_path / f"gsm8k_{name}.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    samples, _ = benchmark(tiny_model(), tiny_tokenizer(), ["gsm8k"], tmp_path, max_new_tokens=2)
+    assert samples["record"].nunique() == 3
+
+
 @pytest.mark.parametrize("device, dtype", [("cpu", None), ("cuda", torch.bfloat16)])
 def test_benchmarks_compute_in_bfloat16_on_a_gpu_alone(device, dtype, monkeypatch):
     "As the plan counts them, and with the same answers on every CPU."

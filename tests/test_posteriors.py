@@ -1,5 +1,6 @@
 "Samples of a posterior, each left out in turn, against the plain decomposition of the others."
 import math
+from types import SimpleNamespace
 
 import pandas as pd, pytest, torch
 
@@ -22,6 +23,21 @@ def naive(states, head):
     log_p = torch.stack([head.logits(h).double().log_softmax(-1) for h in states])
     parts = [decompose(torch.cat([log_p[:k], log_p[k + 1:]])) for k in range(len(states))]
     return *[torch.stack(of) for of in list(zip(*parts))[1:]], -log_p[:, range(len(TARGETS)), TARGETS]
+
+
+def test_members_may_share_all_layers_but_the_last():
+    members = [tiny_model("tiny-phi3") for _ in range(4)]
+    batch = Collator(tokenizer)(rows())
+    with pytest.raises(ValueError, match="identical"): Ensemble(tuple(members))(members[0], batch)
+    for seed, member in enumerate(members):
+        torch.manual_seed(seed)
+        with torch.no_grad(): member.get_output_embeddings().weight.add_(.05 * torch.randn(member.config.vocab_size, 32))
+    assert Ensemble(tuple(members))(members[0], batch).epistemic.nanmean() > 0
+
+
+def test_a_posterior_without_a_number_is_not_the_least_harmful_one():
+    told = lambda x: SimpleNamespace(samples=8, inflation=lambda: x, reliability=lambda: SimpleNamespace(spearman=.5))
+    assert choose_posterior([told(x) for x in (math.nan, .09, .05)]) == 2
 
 
 @pytest.mark.parametrize("samples", [3, 8])

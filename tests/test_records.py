@@ -7,6 +7,7 @@ from datasets import Dataset, DatasetDict
 
 from samples import ALPACA, CHAT, GSM8K, SAMPLES, fails, needs_gsm_symbolic, needs_sharegpt
 from samples import no_hub, real_data  # noqa: F401, fixtures
+from uat_repro._sides import side_of
 from uat_repro.records import (FORMATS, HUB, SPLITS, _from_package, _read, in_folder, load_records, record_id, split_of,
                                to_messages)
 
@@ -145,6 +146,39 @@ def test_splits_are_words_of_file_names(tmp_path, caplog):
     assert "gsm8k_test.bak.jsonl is named like a backup" in caplog.text
 
 
+def test_a_record_of_the_own_test_file_is_not_trained_on(tmp_path, caplog):
+    write(tmp_path / "gsm8k_train.jsonl", sums(50))
+    write(tmp_path / "gsm8k_test.jsonl", sums(60)[40:])
+    with caplog.at_level(logging.WARNING): got = sides(data_dir=tmp_path)
+    assert len(got["train"]) + len(got["validation"]) == 40 and not {*got["train"], *got["validation"]} & {*got["test"]}
+    assert "gsm8k: 10 records are in its own validation or test set, and were left out" in caplog.text
+
+
+def test_answers_to_one_prompt_on_two_sides_are_told_and_kept_together_by_a_cluster(tmp_path, caplog):
+    several = [dict(question=f"{i} + {i}?", answer=f"{2 * i}, {n}") for i in range(20) for n in range(8)]
+    path = write(tmp_path / "mine.jsonl", several)
+    with caplog.at_level(logging.WARNING): load_records(path)
+    assert "have the prompt" not in caplog.text and "records are on another side than one with the same prompt" in caplog.text
+    write(path, [record | dict(cluster=i // 8) for i, record in enumerate(several)])
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        asked = {split: {r["messages"][0]["content"] for r in load_records(path, split)} for split in SPLITS}
+    assert not caplog.records and not asked["train"] & asked["test"] and sum(map(len, asked.values())) == 20
+
+
+def test_only_one_object_holds_the_records_of_a_file(tmp_path):
+    "Rows with lists of objects are rows, under any name that `columns` gives."
+    columns = dict(messages="conversation")
+    rows = [dict(id=str(i), conversation=CHAT["messages"], tags=[] if i % 2 else [dict(a=1)]) for i in range(4)]
+    rows = [row | dict(conversation=[*row["conversation"][:-1], dict(role="assistant", content=row["id"])]) for row in rows]
+    for name in "mine.jsonl", "mine.json", "one.json":
+        path = write(tmp_path / name, rows if name != "one.json" else rows[:1])
+        assert len(load_records(path, "all", columns=columns)) == (1 if name == "one.json" else 4)
+    (tmp_path / "held.json").write_text(json.dumps(dict(version=1, items=[dict(q="2 + 2?", a="[]"), dict(q="3?", a="3")])))
+    held = load_records(tmp_path / "held.json", "all", columns=dict(question="q", answer="a"))
+    assert [r["messages"][1]["content"] for r in held] == ["[]", "3"]
+
+
 def test_gsm8k_files_do_not_leak(data_dir):
     got = sides(data_dir=data_dir)
     assert not {*got["train"], *got["validation"]} & {*got["test"]} and not {*got["train"]} & {*got["validation"]}
@@ -214,6 +248,9 @@ def test_packaged_sharegpt_is_read_to_where_it_is_cut_off(caplog):
     assert len(records) > 15_000 and len({r["id"] for r in records}) == len(records)
     report = " ".join(r.getMessage() for r in caplog.records)
     assert "has no response" in report and "cut off inside record" in report and "repeated records" in report
+    sides = {}
+    for record in records: sides.setdefault(record["cluster"], set()).add(side_of(record, ()))
+    assert len(sides) < .7 * len(records) and all(len(side) == 1 for side in sides.values()), "pieces of one conversation"
 
 
 # ---- bad input: one line that names the place and the remedy -------------------------------------

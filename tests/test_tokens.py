@@ -10,7 +10,31 @@ from samples import no_hub, real_data  # noqa: F401, fixtures
 from uat_repro.models import tiny_tokenizer
 from uat_repro.records import load_records, to_messages
 from uat_repro._templates import TEMPLATE_DATE
-from uat_repro.tokens import Collator, LengthSampler, encode, encode_all, lay_out, token_frame
+from uat_repro.tokens import Collator, LengthSampler, encode, encode_all, lay_out, token_frame, token_texts
+
+
+def test_words_keep_their_spaces_where_a_decoder_strips_the_first_one():
+    "As those of SentencePiece do."
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    words = {"▁the": 0, "▁cat": 1, "s": 2, "▁a": 3, "<unk>": 4}
+    plain = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.Metaspace()
+    plain.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>")
+    assert tokenizer.decode([0, 1, 2, 0]) == "the cats the" and token_texts([0, 1, 2, 0], tokenizer) == [" the", " cat", "s", " the"]
+
+
+def test_rows_that_were_padded_before_are_cut_and_positions_are_those_of_the_text():
+    rows = [encode(record, tiny_tokenizer()) for record in (ALPACA, GSM8K)]
+    longest = max(len(row["labels"]) for row in rows)
+    at_left = [dict(row, attention_mask=[0] * (gap := longest - len(row["labels"])) + [1] * len(row["labels"]),
+                    input_ids=[0] * gap + row["input_ids"], labels=[-100] * gap + row["labels"]) for row in rows]
+    mine, theirs = (Collator(tiny_tokenizer())(some) for some in (rows, at_left))
+    assert all(torch.equal(mine[name], theirs[name]) for name in ("input_ids", "labels", "attention_mask"))
+    left = {name: torch.tensor([row[name] for row in at_left]) for name in ("input_ids", "labels", "attention_mask")}
+    frames = [token_frame(dict(batch, id=mine["id"]), tiny_tokenizer()) for batch in (mine, left)]
+    assert frames[0].equals(frames[1])
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

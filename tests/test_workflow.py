@@ -137,6 +137,11 @@ def test_finished_runs_go_on_elsewhere_unless_they_were_made_from_something_else
     (dict(train=dict(bach_size=1)), "section 'train' sets 'bach_size', which experiments/train.ipynb does not have: did you mean 'batch_size'?"),
     (dict(objectives=dict(mle={}, unused=dict(chnages={}))), "'chnages', .* did you mean 'changes'?"),
     (dict(figures=dict(fig4=dict(panel=2))), "section 'fig4' sets 'panel', .* did you mean 'panels'?"),
+    (dict(train=dict(objective="mle")), "section 'train' sets 'objective', which each run has of its own: name the runs that are meant by objectives"),
+    (dict(uncertainty=dict(prepared="x")), "section 'uncertainty' sets 'prepared', which each run has of its own: leave it out"),
+    (dict(models={"tiny-llama": dict(datasets=["a-b"]), "tiny-llama-a": dict(datasets=["b"])}, datasets={"a-b": {}, "b": {}}), "two runs of profile small would share"),
+    (dict(models={"a+b": dict(spec="tiny-llama", layer=1)}), "'a.b' under 'models' of profile small names folders"),
+    (dict(datasets=dict(sharegpt=None)), "'sharegpt' under 'datasets' of profile small is None: make it names with values"),
 ])
 def test_wrong_parameters_are_refused(nbs, profile, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message.replace("?", r"\?")): reproduce(profile(**changes), workdir=tmp_path / "results", notebooks=nbs)
@@ -152,6 +157,46 @@ def test_code_that_is_no_python_is_refused(nbs, profile, tmp_path):
     edit(nbs / "experiments" / "train.ipynb", "from pathlib import Path", "from pathlib import")
     with pytest.raises(ValueError, match="experiments/train.ipynb, or a module that it uses, is no valid Python: .*from pathlib import"):
         reproduce(profile(), workdir=tmp_path / "results", notebooks=nbs, dry_run=True)
+
+
+def test_runs_without_a_record_of_what_they_were_made_of_are_not_gone_on_over(nbs, profile, tmp_path, capfd):
+    "Snakemake takes them for fresh, whatever their parameters were."
+    work = tmp_path / "results"
+    assert reproduce(profile(), only="fig2b", workdir=work, notebooks=nbs) == 0
+    shutil.copytree(work, tmp_path / "plain", ignore=shutil.ignore_patterns(".*"))
+    with pytest.raises(ValueError, match="2 finished runs in .*plain have no record of what they were made of, first prepare/"):
+        reproduce(profile(), only="fig2b", workdir=tmp_path / "plain", notebooks=nbs)
+    assert (tmp_path / "plain/prepare/tiny-llama-sharegpt/result.json").exists()
+
+
+def test_code_that_is_edited_while_runs_go_on_is_not_run(nbs, profile, tmp_path):
+    "A run edits the next one's notebook."
+    work, uncertainty = tmp_path / "results", nbs / "experiments" / "uncertainty.ipynb"
+    edit(nbs / "experiments" / "prepare.ipynb", "from pathlib import Path",
+         f"from pathlib import Path\nnext_one = Path({str(uncertainty)!r})\n"
+         "next_one.write_text(next_one.read_text().replace('[]', '[1]'))")
+    assert reproduce(profile(), only="fig2b", workdir=work, notebooks=nbs) == 1
+    assert "the code has changed since this command began: run it again" in (work / "snakemake.log").read_text()
+    assert not (work / "uncertainty/tiny-llama-sharegpt/result.json").exists()
+
+
+def test_the_data_folder_is_found_under_any_name_and_missed_where_it_is_forgotten(nbs, profile, tmp_path, capfd):
+    work, data = tmp_path / "results", tmp_path / "my 'data' #1: a"
+    data.mkdir()
+    (data / "sharegpt.json").write_text("[1]")
+    asked = dict(only="fig2b", workdir=work, notebooks=nbs)
+    assert reproduce(profile(), data_dir=data, **asked) == 0
+    (data / "sharegpt.json").write_text("[2]")
+    capfd.readouterr()
+    assert reproduce(profile(), data_dir=data, **asked) == 0 and "prepare tiny-llama" in capfd.readouterr().out
+    with pytest.raises(ValueError, match=r"from_data_dir is \['sharegpt'\] there and None here"): reproduce(profile(), **asked)
+
+
+def test_a_linked_folder_of_results(nbs, profile, tmp_path, capfd):
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "away")
+    assert reproduce(profile(), only="fig2b", workdir=tmp_path / "link", notebooks=nbs) == 0
+    assert (tmp_path / "far/away/figures/fig2b.png").exists()
 
 
 def test_goes_on_after_a_kill(nbs, profile, tmp_path, capfd):
@@ -237,7 +282,7 @@ def test_a_folder_with_a_leading_dash(nbs, profile, tmp_path, monkeypatch):
 
 
 def test_a_profile_that_is_no_yaml_is_named(tmp_path):
-    for text, why in ("a: [", "is no valid YAML"), ("- a", "holds a list: make it sections"):
+    for text, why in ("a: [", "is no valid YAML"), ("- a", "holds a list: make it sections"), ("seeds: [0]\nseeds: [1]", "is no valid YAML: line 1 and what follows name 'seeds' twice"):
         (tmp_path / "mine.yaml").write_text(text)
         with pytest.raises(ValueError, match=f"mine.yaml {why}"): load_profile(str(tmp_path / "mine.yaml"))
 

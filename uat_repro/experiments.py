@@ -28,7 +28,7 @@ from ._verify import sealed
 from .cache import CachedDataset, HiddenCache
 from .distillation import Teacher
 from .evaluation import Baseline, TokenScores, measure_baseline
-from .models import load_model, split_layers
+from .models import load_model, split_layers, weights_hash
 from .objective import Objective
 from .results import cost, manifest, read_about, write_frame, write_json
 from .tokens import TEMPLATE_DATE, Collator, lay_out, token_frame
@@ -197,6 +197,9 @@ class Prepared(_Stored):
     def load(self, whole: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         "The model to train, or the `whole` of it, on the device that accelerate finds, and its tokenizer."
         model, tokenizer = load_model(self.spec, self.dtype)
+        if weights_hash(model) != self.made_with["weights"].get(self.model):
+            raise ValueError(f"the weights of {self.spec} are others than those that {self.folder} was prepared with: "
+                             "remove that folder, and run the same command again")
         if self.chat_template: tokenizer.chat_template = self.chat_template
         model.to(PartialState().device)
         return _top(model, self.layer) if self.layer and not whole else model, tokenizer

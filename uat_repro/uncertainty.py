@@ -111,6 +111,10 @@ def _mixture_scores(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
 
 # %% ../nbs/api/05_uncertainty.ipynb #05-uncertainty-27
 @torch.no_grad()
+def _differ(head) -> bool:
+    "Whether each sample has a head of its own, as in an ensemble of last layers, and the first two differ."
+    return hasattr(head, "heads") and not torch.equal(head.heads[0].weight, head.heads[1].weight)
+
 def score_samples(
     model: nn.Module,  # the model whose own loss and entropy are reported
     batch: Mapping,  # padded or packed, with `labels`
@@ -121,7 +125,7 @@ def score_samples(
     layout = lay_out(batch)
     own = token_scores(layout.predicting(hidden_states(model, batch)), layout.targets, head_of(model))
     stack = layout.predicting(states)  # (S, N, H)
-    if stack.shape[1] and torch.equal(stack[0], stack[1]):
+    if stack.shape[1] and torch.equal(stack[0], stack[1]) and not _differ(head):
         raise ValueError("two samples came out identical: the posterior changes nothing in this model; "
                          "use other sites or a larger p, and no torch_compile, which leaves dropout out")
     total, aleatoric, epistemic, mean_loss, *halves = map_tokens(_mixture_scores, stack, head, layout.targets)
