@@ -139,7 +139,8 @@ def test_finished_runs_go_on_elsewhere_unless_they_were_made_from_something_else
     (dict(figures=dict(fig4=dict(panel=2))), "section 'fig4' sets 'panel', .* did you mean 'panels'?"),
     (dict(train=dict(objective="mle")), "section 'train' sets 'objective', which each run has of its own: name the runs that are meant by objectives"),
     (dict(uncertainty=dict(prepared="x")), "section 'uncertainty' sets 'prepared', which each run has of its own: leave it out"),
-    (dict(models={"tiny-llama": dict(datasets=["a-b"]), "tiny-llama-a": dict(datasets=["b"])}, datasets={"a-b": {}, "b": {}}), "two runs of profile small would share"),
+    (dict(models={"tiny-llama": dict(datasets=["sharegpt"]), "tiny": dict(datasets=["llama-sharegpt"])}, datasets={"sharegpt": {}, "llama-sharegpt": {}}),
+     "two runs of profile small would share prepare/tiny-llama-sharegpt"),
     (dict(models={"a+b": dict(spec="tiny-llama", layer=1)}), "'a.b' under 'models' of profile small names folders"),
     (dict(datasets=dict(sharegpt=None)), "'sharegpt' under 'datasets' of profile small is None: make it names with values"),
 ])
@@ -173,7 +174,7 @@ def test_code_that_is_edited_while_runs_go_on_is_not_run(nbs, profile, tmp_path)
     "A run edits the next one's notebook."
     work, uncertainty = tmp_path / "results", nbs / "experiments" / "uncertainty.ipynb"
     edit(nbs / "experiments" / "prepare.ipynb", "from pathlib import Path",
-         f"from pathlib import Path\nnext_one = Path({str(uncertainty)!r})\n"
+         f"from pathlib import Path\\nnext_one = Path({str(uncertainty)!r})\\n"
          "next_one.write_text(next_one.read_text().replace('[]', '[1]'))")
     assert reproduce(profile(), only="fig2b", workdir=work, notebooks=nbs) == 1
     assert "the code has changed since this command began: run it again" in (work / "snakemake.log").read_text()

@@ -143,10 +143,10 @@ _all_ = ["SPLITS", "record_id", "split_of"]
 
 # %% ../nbs/api/00_records.ipynb #00-records-24
 def _unwrap(value: object) -> list:
-    "The records that an object holds: the list under `data`, or its only list of objects that are no turns."
+    "The records that an object holds: the list under `data`, or its only list of objects; none where it has turns."
     if not isinstance(value, dict) or any(field in value for field in FORMATS): return []
-    lists = {f: v for f, v in value.items() if isinstance(v, list) and v
-             and all(isinstance(x, dict) and not {"role", "from"} & x.keys() for x in v)}
+    lists = {f: v for f, v in value.items() if isinstance(v, list) and v and all(isinstance(x, dict) for x in v)}
+    if any({"role", "from"} & x.keys() for v in lists.values() for x in v): return []
     return lists["data"] if "data" in lists else next(iter(lists.values())) if len(lists) == 1 else []
 
 def _read(path: Path, complain: Callable[[str], None]) -> Iterator[tuple[str, object]]:

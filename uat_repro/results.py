@@ -301,7 +301,7 @@ def claim_folder(
 ) -> Path:  # its `profile.json`
     "Make a folder of results for a profile. Raises where it holds results of another one, or something else."
     path = Path(workdir) / "profile.json"
-    if not path.exists() and path.parent.is_dir() and any(path.parent.iterdir()):
+    if not path.exists() and path.parent.is_dir() and any(p.name[0] != "." for p in path.parent.iterdir()):
         raise ValueError(f"{workdir} is not empty and holds no results of ours: choose another --workdir")
     there, here = _flat(read_json(path) if path.exists() and not update else profile), _flat(profile)
     if apart := [k for k in {**there, **here} if there.get(k) != here.get(k)]:
