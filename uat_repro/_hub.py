@@ -46,6 +46,7 @@ def split_in(
     "The split that a word of a name stands for."
     return next((_WORDS[word] for word in re.findall("[a-z]+", name.lower()) if word in _WORDS), "")
 
+# %% ../nbs/api/00b_hub.ipynb #00b-hub-09b
 def from_hub(name: str) -> dict[str, list[Callable]]:
     "A data set of the hub, split by split; raises what `load_dataset` raises, and where two splits mean the same."
     from datasets import load_dataset
@@ -54,8 +55,8 @@ def from_hub(name: str) -> dict[str, list[Callable]]:
     for own, dataset in found.items():
         split = own if own in _WORDS.values() else split_in(own)
         if split != own and split in found: continue  # as test_mini beside test
-        if split in parts: raise ValueError(f"its splits {', '.join(found)} are several of a kind: save the one that is "
-                                            "meant as a file, and give its path")
+        if split in parts: raise ValueError(f"its splits {', '.join(found)} are several of a kind: save the "
+                                            "one that is meant as a file, and give its path")
         parts[split] = [partial(_rows, dataset)]
     return parts
 

@@ -299,6 +299,7 @@ def _whole(model: PreTrainedModel, source: dict) -> PreTrainedModel:
                                                  attn_implementation=attention)
     return PeftModel.from_pretrained(plain, name, **how).merge_and_unload()
 
+# %% ../nbs/api/02a_weights.ipynb #02a-weights-23b
 def load_model(
     spec: str,  # hub id (`name` or `name@revision`), folder, `.gguf` file, name in `PACKAGED_WEIGHTS` or `TINY`
     dtype: str | torch.dtype = "float32",  # dtype of the weights

@@ -254,6 +254,7 @@ def _in_bf16(model: nn.Module) -> bool:
     "Whether a benchmark computes in bfloat16: on a GPU that can, as the trainings there. A CPU's answers stay the same."
     return model.device.type == "cuda" and use_bf16()
 
+# %% ../nbs/api/10_evaluation.ipynb #10-evaluation-51b
 def benchmark(
     model: nn.Module,  # a whole model, with embeddings
     tokenizer,  # with a chat template
