@@ -191,6 +191,9 @@ def test_the_data_folder_is_found_under_any_name_and_missed_where_it_is_forgotte
     capfd.readouterr()
     assert reproduce(profile(), data_dir=data, **asked) == 0 and "prepare tiny-llama" in capfd.readouterr().out
     with pytest.raises(ValueError, match=r"from_data_dir is \['sharegpt'\] there and None here"): reproduce(profile(), **asked)
+    for command in "status", "verify", "claims":
+        assert main([command, str(work)]) == 1
+        assert "was made from your files of sharegpt: name their folder by --data-dir" in capfd.readouterr().err
 
 
 def test_a_linked_folder_of_results(nbs, profile, tmp_path, capfd):

@@ -95,8 +95,8 @@ def _stale(workdir: Path, data_dir: Path | None) -> list:
     from uat_repro.workflow import plan, snakemake_command
     return plan(snakemake_command(workdir, notebooks_folder(), data_dir=data_dir))
 
-def _open_results(workdir: Path) -> dict:
-    "The profile of a folder of results. Raises where it is a reference, or somebody else's."
+def _open_results(workdir: Path, data_dir: Path | None) -> dict:
+    "The profile of a folder of results. Raises where it is a reference, or somebody else's, or was made of other data."
     from uat_repro._verify import is_reference
     from uat_repro.results import read_json
     if is_reference(workdir):
@@ -104,8 +104,11 @@ def _open_results(workdir: Path) -> dict:
                          f"`uat-repro claims {workdir}` judges them")
     config = workdir / "profile.json"
     profile = read_json(config) if config.exists() else None
-    if isinstance(profile, dict) and {"models", "datasets", "figures"} <= {*profile}: return profile
-    raise FileNotFoundError(f"{workdir} holds no results of ours: give the folder of `uat-repro reproduce`")
+    if not isinstance(profile, dict) or not {"models", "datasets", "figures"} <= {*profile}:
+        raise FileNotFoundError(f"{workdir} holds no results of ours: give the folder of `uat-repro reproduce`")
+    if (own := profile.get("from_data_dir")) and not data_dir:
+        raise ValueError(f"{workdir} was made from your files of {', '.join(own)}: name their folder by --data-dir")
+    return profile
 
 def _claims_text(workdir: Path, as_json: bool) -> str:
     "The claims of a folder, judged anew where it has tables."
@@ -131,7 +134,7 @@ def claims(
     from uat_repro._verify import altered, is_reference
     from uat_repro.results import result_files
     own, remedy = (workdir / "profile.json").exists() and not is_reference(workdir), "run `uat-repro reproduce` again"
-    runs = result_files(_open_results(workdir)) if own else []
+    runs = result_files(_open_results(workdir, data_dir)) if own else []
     print(_claims_text(workdir, as_json))
     if missing := [f for f in runs if not (workdir / f).exists()]:
         raise FileNotFoundError(f"{len(missing)} results are missing, first {missing[0]}: {remedy}")
@@ -152,7 +155,7 @@ def status(
     from uat_repro._verify import as_it_took, costs_of, state_of
     from uat_repro.results import figures, result_files
     from uat_repro.workflow import Progress, about
-    profile, costs = _open_results(workdir), costs_of(workdir)
+    profile, costs = _open_results(workdir, data_dir), costs_of(workdir)
     todo = _stale(workdir, data_dir)
     states = {run: state_of(workdir, run.notebook) for run in todo}
     spent, least = sum(c["wall_seconds"] for _, c in costs), "at least " * any(c.get("resumed") for _, c in costs)
@@ -176,7 +179,7 @@ def verify(
     "Say which results are missing, altered or stale; the exit status is 1 where some are."
     from uat_repro._verify import altered, altered_drawn, without_record
     from uat_repro.results import catalogue, figures, result_files
-    profile = _open_results(workdir)
+    profile = _open_results(workdir, data_dir)
     runs, drawn = result_files(profile), {name: catalogue()["figures"][name]["files"] for name in figures(profile)}
     gone = [f for f in [*runs, *(f for files in drawn.values() for f in files)] if not (workdir / f).exists()]
     named = {f"notebooks/{Path(f).parent}.ipynb" for f in gone if f in runs}

@@ -127,8 +127,9 @@ def measure_baseline(
 def _check_same(initial: Sequence[Initial], layouts: Sequence[Layout]) -> None:
     "Raise a `ValueError` unless the baseline is of the tokens of these batches."
     theirs, ours = ([x.targets.tolist() for x in batches] for batches in (initial, layouts))
-    if theirs != ours: raise ValueError("the baseline is of other batches, or of these in another order: measure it again "
-                                        "on the batches that are given to `evaluate`")
+    if theirs != ours:
+        raise ValueError("the baseline is of other batches, or of these in another order: measure it again on the "
+                         "batches that are given to `evaluate`")
 
 def _measure(model: nn.Module, batch: Mapping, layout: Layout, initial: Initial | None) -> Measures:
     "The measures of the response tokens of a batch."
