@@ -41,7 +41,7 @@ def read_sections(
         twice = [key for key in keys if keys.count(key) > 1]
         if twice: raise yaml.YAMLError(f"line {node.start_mark.line + 1} and what follows name {twice[0]!r} twice")
         return loader.construct_mapping(node)
-    Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: once(loader, node))
+    Loader.add_constructor("tag:yaml.org,2002:map", once)
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, [*"-+.0123456789"])
     try: found = yaml.load(Path(path).read_text(encoding="utf-8"), Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f"{path} is no valid YAML: {e}") from None

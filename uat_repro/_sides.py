@@ -29,7 +29,7 @@ def split_of(
     own: Iterable[str] = (),  # splits that the source provides itself
     cluster: int | str | None = None,  # number of the group of kin that the record belongs to, or its name
 ) -> str:  # "train", "validation" or "test"
-    "The side of a record: 80% train, 10% validation, 10% test, of named clusters as well; of numbered 60%, 10% and 30%."
+    "The side of a record: 80% train, 10% validation, 10% test, of names as well; of numbered clusters 60%, 10%, 30%."
     if isinstance(cluster, str): id, cluster = hashlib.sha256(cluster.encode()).hexdigest()[:16], None
     sides = ("validation", "test") if cluster is None else ("test", "test", "test", "validation")
     last = int(id, 16) % 10 - 8 if cluster is None else cluster % 10
@@ -49,8 +49,10 @@ def kin_of(
     source: str,  # name of its data set
 ) -> int | str | None:
     "What a record shares with its kin: the number of its group, or the conversation that ShareGPT has cut to pieces."
-    piece = re.fullmatch(r"([A-Za-z0-9]{7})_\d+", str(record.get("id"))) if source.lower().startswith("sharegpt") else None
-    return piece[1] if piece and group_of(record) is None else group_of(record)
+    if (number := group_of(record)) is not None or not source.lower().startswith("sharegpt"): return number
+    piece = re.fullmatch(r"([A-Za-z0-9]{7})_\d+", str(record.get("id")))
+    return piece and piece[1]
+
 def side_of(
     record: dict,  # with an `id`, and perhaps a `cluster`: source/number or source/name
     own: Iterable[str],  # splits that the source provides itself

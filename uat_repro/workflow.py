@@ -10,7 +10,6 @@ __all__ = ['FLOW', 'DEFAULTS', 'ASIDE', 'nearest', 'load_profile', 'parameters',
 
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-03
 import json, os, re, subprocess, sys, tempfile, time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -57,9 +56,8 @@ def _sections(name: str, heirs: tuple[Path, ...] = ()) -> dict:
         raise ValueError(f"there is no profile {name!r}: {nearest(name, shipped)}, or the path of a .yaml file")
     if path in heirs: raise ValueError(f"profile {name} is its own base: leave `base` out, or name another profile")
     own = read_sections(path)
-    below = str(own.pop("base", ""))
-    if (beside := path.parent / below).is_file(): below = str(beside)
-    base = _sections(below, (*heirs, path)) if below else {}
+    beside = path.parent / (below := str(own.pop("base", "")))
+    base = _sections(str(beside) if beside.is_file() else below, (*heirs, path)) if below else {}
     return {**base, **{k: {**base[k], **v} if k in base and isinstance(v, dict) else v for k, v in own.items()}}
 
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-14
@@ -73,8 +71,7 @@ def _check_profile(profile: dict, name: str) -> None:
     "Known sections of the right type, all that must be there, known values of the grid."
     for k, v in profile.items():
         _check_name(k, [*DEFAULTS, *catalogue()["experiments"]], f"profile {name}")
-        kind = type(DEFAULTS.get(k, {}))
-        if not isinstance(v, (int, float) if kind is float else kind):
+        if not isinstance(v, (int, float) if (kind := type(DEFAULTS.get(k, {}))) is float else kind):
             raise ValueError(f"{k!r} of profile {name} is of type {type(v).__name__}: make it a {kind.__name__}")
         for entry, values in profile[k].items() if k in ("models", "datasets", "regimes", "objectives", "figures") else ():
             if k != "figures" and not re.fullmatch(r"[\w.-]+", str(entry)):
@@ -100,10 +97,9 @@ def load_profile(
     given = lambda dataset: bool(data_dir) and bool(files_of(dataset, data_dir))
     more = {d: p for d, p in profile.pop("datasets_if_available").items() if given(d)}
     profile |= dict(datasets={**profile["datasets"], **more}, profile=stem)
-    for file, n in Counter(result_files(profile)).items():
-        if n > 1: raise ValueError(f"two runs of profile {stem} would share {Path(file).parent}: rename a model or data set")
-    own = [d for d in profile["datasets"] if given(d)]  # forgetting the folder would replace them
-    return profile | (dict(from_data_dir=own) if own else {})
+    for f in (made := result_files(profile)):
+        if made.count(f) > 1: raise ValueError(f"two runs of profile {stem} would share {Path(f).parent}: rename one")
+    return profile | (dict(from_data_dir=own) if (own := [*filter(given, profile["datasets"])]) else {})
 
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-20
 ASIDE = {*(f"{axis}s" for axis in AXES), "grid", "where", "seconds", "resources"}  # no parameters of a notebook
