@@ -51,7 +51,7 @@ def kin_of(
     "What a record shares with its kin: the number of its group, or the conversation that ShareGPT has cut to pieces."
     if (number := group_of(record)) is not None or not source.lower().startswith("sharegpt"): return number
     piece = re.fullmatch(r"([A-Za-z0-9]{7})_\d+", str(record.get("id")))
-    return piece and piece[1]
+    return piece[1] if piece else None
 
 def side_of(
     record: dict,  # with an `id`, and perhaps a `cluster`: source/number or source/name
