@@ -1,5 +1,5 @@
 """Records: real files, broken files, every source. The notebook `nbs/api/00_records.ipynb` holds the small examples."""
-import hashlib, json, logging, random
+import hashlib, json, logging, random, re
 from unittest.mock import patch
 
 import pytest
@@ -228,6 +228,7 @@ def test_gsm_symbolic_is_what_the_generator_makes():
     answers = {problem["question"].strip(): problem["answer"].strip() for problem in problems}
     records = load_records("gsm_symbolic", "all", limit=300)
     for question, answer in (r["messages"] for r in records): assert answers[question["content"]] == answer["content"]
+    assert all(re.search(r"\n#### \d+(\.\d*[1-9])?$", answer) for answer in answers.values()), "69, and not 69.0"
     assert {split_of(r["id"], cluster=int(r["cluster"].split("/")[1])) for r in records} == {*SPLITS}
 
 
@@ -239,7 +240,7 @@ def test_gsm_symbolic_never_changes():
     templates = {split: {r["cluster"] for r in some} for split, some in records.items()}
     assert not templates["train"] & (templates["validation"] | templates["test"]) and not templates["validation"] & templates["test"]
     ids = "".join(r["id"] for split in SPLITS for r in records[split])
-    assert hashlib.sha256(ids.encode()).hexdigest()[:16] == "b7035bf56303aa1f"
+    assert hashlib.sha256(ids.encode()).hexdigest()[:16] == "3ae953a73baee0d3"
 
 
 @needs_sharegpt

@@ -67,6 +67,7 @@ def test_fails_mends_and_reruns_only_what_changed(nbs, profile, tmp_path, capfd)
     status, said = go()
     assert status == 1 and "FAILED train sharegpt" not in said.out and "FAILED train tiny-llama sharegpt repeated mle;" in said.out
     assert said.err.rstrip().splitlines()[-3] == "ValueError: too wet"  # the traceback, then a line on what to do
+    assert said.out.count("FAILED") == 1, said.err
     assert (work / "figures/fig2b.png").exists(), "what does not need the failed run goes on"
 
     edit(train, "raise ValueError('too wet')\\n", "")
@@ -214,10 +215,11 @@ def test_goes_on_after_a_kill(nbs, profile, tmp_path, capfd):
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
     assert any((work / ".snakemake" / "locks").iterdir()), "Snakemake's lock is left behind"
+    write_json(work / "train/tiny-llama-sharegpt-repeated-mle/result.json", {})  # as a notebook does that outlives it
     edit(nbs / "experiments" / "train.ipynb", "time.sleep(60)", "time.sleep(0)")
     assert reproduce(profile(), workdir=work, notebooks=nbs) == 0
     said = capfd.readouterr().out
-    assert "train" in said and "prepare" not in said, "finished runs are kept"
+    assert "train" in said and "prepare" not in said, "finished runs are kept, and others are made again"
 
 
 def test_a_run_keeps_its_parts_for_the_next_start_of_the_same_run_only(nbs, profile, tmp_path, capfd):

@@ -58,9 +58,10 @@ def altered(
 # %% ../nbs/api/11a_verify.ipynb #11a-verify-08b
 def recorded(
     home: str | Path,  # folder of results
+    kind: str = "metadata",  # or "incomplete", for runs that were begun and have not ended
 ) -> dict[Path, dict[str, Path]]:  # folder of a run -> name of a file -> its record
     "Snakemake's records of files, as it keeps them."
-    kept, found = Path(home) / ".snakemake" / "metadata", {}
+    kept, found = Path(home) / ".snakemake" / kind, {}
     for record in (p for p in kept.rglob("*") if p.is_file()):
         name = "".join(part.removeprefix("@") for part in record.relative_to(kept).parts)  # a long one is cut
         try: file = Path(base64.urlsafe_b64decode(name).decode())
@@ -80,8 +81,9 @@ def without_record(
     return [str(Path(f).parent) for f in result_files(profile) if Path(workdir, f).exists() and lost(Path(f).parent)]
 
 def check_records(workdir: str | Path, profile: dict) -> None:
-    "Raise a `ValueError` where `without_record` finds some."
-    if lost := without_record(workdir, profile):
+    "Raise a `ValueError` where `without_record` finds some that Snakemake does not make again by itself."
+    begun = recorded(workdir, "incomplete")
+    if lost := [run for run in without_record(workdir, profile) if Path(run) not in begun]:
         raise ValueError(f"{len(lost)} finished runs in {workdir} have no record of what they were made of, first "
                          f"{lost[0]}: copy the hidden folder .snakemake too, or remove these runs")
 

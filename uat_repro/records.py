@@ -195,8 +195,9 @@ def _open_gsm_symbolic() -> Callable:
     def stream(complain: Callable[[str], None]) -> Iterator[tuple[str, dict]]:
         for i in range(len(problems)):
             item, template = problems[i], int(problems.task_indices[i])
-            yield f"gsm_symbolic, problem {i}", dict(question=item["question"], answer=item["metadata"]["answer_cot"],
-                                                     cluster=template)
+            steps = item["metadata"]["answer_cot"].rsplit("####", 1)[0]
+            yield f"gsm_symbolic, problem {i}", dict(
+                question=item["question"], answer=f"{steps}#### {item['answer']}", cluster=template)
     return stream
 
 def _open_sharegpt() -> Callable:
