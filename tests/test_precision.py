@@ -50,7 +50,7 @@ def test_aleatoric_uncertainty_is_exact(case):
 
 class Watched(Head):
     "A head that notes how products of float32 matrices are computed, in the forward and the backward."
-    seen, before = [], Head.before
+    seen, backward = [], Head.backward
 
     def logits(self, hidden):
         self.seen.append(torch.backends.cuda.matmul.fp32_precision + torch.backends.mkldnn.matmul.fp32_precision)

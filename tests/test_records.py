@@ -7,7 +7,7 @@ from datasets import Dataset, DatasetDict
 
 from samples import ALPACA, CHAT, GSM8K, SAMPLES, fails, needs_gsm_symbolic, needs_sharegpt
 from samples import no_hub, real_data  # noqa: F401, fixtures
-from uat_repro._sides import side_of
+from uat_repro._splits import split_of_record
 from uat_repro.records import (FORMATS, HUB, SPLITS, _from_package, _read, in_folder, load_records, record_id, split_of,
                                to_messages)
 
@@ -250,7 +250,7 @@ def test_packaged_sharegpt_is_read_to_where_it_is_cut_off(caplog):
     report = " ".join(r.getMessage() for r in caplog.records)
     assert "has no response" in report and "cut off inside record" in report and "repeated records" in report
     sides = {}
-    for record in records: sides.setdefault(record["cluster"], set()).add(side_of(record, ()))
+    for record in records: sides.setdefault(record["cluster"], set()).add(split_of_record(record, ()))
     assert len(sides) < .7 * len(records) and all(len(side) == 1 for side in sides.values()), "pieces of one conversation"
 
 

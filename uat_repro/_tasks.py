@@ -6,9 +6,9 @@ Docs: https://uat-repro.github.io/uat-repro/api/tasks.html.md"""
 
 # %% auto #0
 __all__ = ['load', 'name_of', 'read_records', 'read_rows', 'mark_selected', 'scored', 'write_scores', 'least_sure', 'kind_of',
-           'selected_kinds', 'alike', 'harm', 'full', 'summary', 'asked_objective', 'train_model', 'sides', 'second',
-           'digest', 'tokens_hash', 'keep_start', 'keep_run', 'keep_config', 'keep_card', 'trainer_arguments',
-           'run_training']
+           'selected_kinds', 'repeated_note', 'inflation_note', 'cut_note', 'summary', 'asked_objective', 'train_model',
+           'train_and_held_out', 'load_reference', 'digest', 'tokens_hash', 'keep_start', 'keep_run', 'keep_config',
+           'keep_card', 'trainer_arguments', 'run_training']
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-03
 import ast, hashlib, math, re, sys, time
@@ -123,7 +123,7 @@ def selected_kinds(tokens: pd.DataFrame) -> str:
     return f"the quarter of largest loss, underlined on the page, holds {parts}"
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-29
-def alike(tokens: pd.DataFrame, share: float = 0.25, words: int = 8) -> str:
+def repeated_note(tokens: pd.DataFrame, share: float = 0.25, words: int = 8) -> str:
     "How many of the records of largest mean loss begin with the same words, and with which; empty if none do."
     records = tokens.groupby("record", sort=False)
     high = records["loss"].mean().nlargest(math.ceil(share * len(records))).index
@@ -133,7 +133,7 @@ def alike(tokens: pd.DataFrame, share: float = 0.25, words: int = 8) -> str:
     return f"{len(same)} of the {len(high)} records of largest loss begin alike: {shown}" if shown else ""
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-32
-def harm(tokens: pd.DataFrame, most: float = 0.02) -> str:
+def inflation_note(tokens: pd.DataFrame, most: float = 0.02) -> str:
     "By how much dropout changes the loss, and what follows from it."
     change = tokens["mean_loss"].mean() / tokens["loss"].mean() - 1
     verdict = "harmless, so the uncertainties are about this model"
@@ -141,7 +141,7 @@ def harm(tokens: pd.DataFrame, most: float = 0.02) -> str:
     return f"dropout changes the mean loss by {change:+.1%}: {verdict}"
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-33b
-def full(lengths: Iterable[int], max_length: int) -> str:
+def cut_note(lengths: Iterable[int], max_length: int) -> str:
     "How many records have all the tokens that they may have; empty if none has."
     count = sum(length == max_length for length in lengths)
     return f"{count} records fill all {max_length} tokens: what follows is cut (raise --max-length)" if count else ""
@@ -150,7 +150,7 @@ def full(lengths: Iterable[int], max_length: int) -> str:
 def summary(tokens: pd.DataFrame, by: str, max_length: int) -> list[str]:
     "What there is to say about scored tokens, line by line."
     lengths = tokens.groupby("record")["position"].max() + 1
-    more = selected_kinds(tokens), alike(tokens), full(lengths, max_length), harm(tokens)
+    more = selected_kinds(tokens), repeated_note(tokens), cut_note(lengths, max_length), inflation_note(tokens)
     return [*least_sure(tokens, by), *filter(None, more)]
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-14
@@ -197,7 +197,7 @@ def train_model(model, tokenizer, rows, held_out, chosen, lora=False, reference=
     return trainer, {part: (losses[0], losses[-1]) for part, losses in log.items()}
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-17
-def sides(read, documents: int) -> tuple:
+def train_and_held_out(read, documents: int) -> tuple:
     "Rows to train on, and held-out rows under `id`, but for a file that is too small to have some."
     try: return read("train", documents), dict(id=read("validation", 100))
     except NoRecords as e:
@@ -205,7 +205,7 @@ def sides(read, documents: int) -> tuple:
         print(f"{e}; so all records are trained on, and nothing is held out", file=sys.stderr)
         return rows, {}
 
-def second(reference: str, tokenizer):
+def load_reference(reference: str, tokenizer):
     "The model that an objective compares with; it must know the same tokens."
     model, other = load(reference)
     if other.get_vocab() == tokenizer.get_vocab(): return model
@@ -219,9 +219,9 @@ def digest(rows) -> str:
 
 def tokens_hash(rows) -> str:
     "A hash of what a model sees and learns of encoded rows."
-    told = hashlib.sha256()
-    for ids, labels in zip(rows["input_ids"], rows["labels"]): told.update(repr((ids, labels)).encode())
-    return told.hexdigest()[:16]
+    seen = hashlib.sha256()
+    for ids, labels in zip(rows["input_ids"], rows["labels"]): seen.update(repr((ids, labels)).encode())
+    return seen.hexdigest()[:16]
 
 def keep_start(out: Path, start: dict, resume: bool) -> None:
     "Keep what a training starts with in `out`. Raises where a model or checkpoints of another start are there."
@@ -286,12 +286,12 @@ def run_training(asked) -> None:
     if asked.ood == asked.dataset: raise ValueError(f"--ood is {asked.ood}, which is trained on: give other data")
     if asked.push_to_hub: hub.whoami()  # and so is a missing login
     began, (network, tokenizer) = time.time(), load(asked.model, asked.chat_template)
-    rows, held_out = sides(lambda part, limit: read_rows(asked, part, limit, tokenizer), asked.documents)
-    if cut := full(map(len, rows["input_ids"]), asked.max_length): print(cut, file=sys.stderr)
+    rows, held_out = train_and_held_out(lambda part, limit: read_rows(asked, part, limit, tokenizer), asked.documents)
+    if cut := cut_note(map(len, rows["input_ids"]), asked.max_length): print(cut, file=sys.stderr)
     if asked.ood: held_out["ood"] = read_rows(replace(asked, dataset=asked.ood, columns=""), "all", 100, tokenizer)
     ood = name_of(asked.ood) if asked.ood else None
     name, spec, reference = name_of(asked.dataset), Path(asked.model).name, asked.reference
-    other = reference and second(reference, tokenizer)
+    other = reference and load_reference(reference, tokenizer)
     data = {name: digest(rows)} | ({f"{ood} (OOD)": digest(held_out["ood"])} if ood else {})
     weights = {spec: weights_hash(network)} | ({"reference": weights_hash(other)} if reference else {})
     made = manifest(asked.seed, data, weights, template_date=TEMPLATE_DATE)

@@ -105,22 +105,26 @@ def _before(i: int, parts: list[str], at: dict) -> str | None:
     "What a template writes between the text of turn `i` and the one before it."
     return parts[at[i, "content"] - 1] if (i, "content") in at else None
 
+def _as_last(i: int, last: int, messages: list[dict], plain: list[str], at: dict, tokenizer) -> bool:
+    "Whether a template writes answer `i` as it would write it at the end."
+    if messages[i - 1]["role"] == messages[last - 1]["role"]: wanted = _before(last, plain, at)
+    else: wanted = _before(i, *_layout(messages[:i + 1], tokenizer, ["content"]))
+    return _before(i, plain, at) == wanted
+
 def _find_pattern(messages: list[dict], tokenizer, marks: re.Pattern) -> tuple[list[str], list[tuple], bool]:
     "Parts of the layout, spans (turn, first part, characters before, last part, characters after), and if none lacks."
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    plain, at = parts, where = _layout(messages, tokenizer, ["content"])
-    opening, reasons = "", any("reasoning_content" in m for m in messages)
-    if reasons: (parts, where), opening = _layout(messages, tokenizer), _opening(messages, tokenizer)
-    found = [_span(i, messages[i], parts, where, opening) for i in answers]
-    if found[-1] is None:
-        lost = "reasoning" if reasons and (answers[-1], "content") in where else "answer"
+    last, reasons = answers[-1], any("reasoning_content" in m for m in messages)
+    plain, at = _layout(messages, tokenizer, ["content"])  # of the answers alone
+    parts, where = _layout(messages, tokenizer) if reasons else (plain, at)
+    opening = _opening(messages, tokenizer) if reasons else ""
+    found = {i: _span(i, messages[i], parts, where, opening) for i in answers}
+    if found[last] is None:
+        lost = "reasoning" if reasons and (last, "content") in where else "answer"
         raise Unusable(f"the chat template does not write its {lost}: take another template, or remove the record",
                         f"without the {lost} in the chat template")
-    def as_last(i: int) -> str | None:
-        if messages[i - 1]["role"] == messages[answers[-1] - 1]["role"]: return _before(answers[-1], plain, at)
-        return _before(i, *_layout(messages[:i + 1], tokenizer, ["content"]))
     spans = [(*span, _closing(parts[span[3] + 1], plain[-1], marks, tokenizer.eos_token))
-             for i, span in zip(answers, found) if span and _before(i, plain, at) == as_last(i)]
+             for i, span in found.items() if span and _as_last(i, last, messages, plain, at, tokenizer)]
     return parts, spans, len(spans) == len(answers)
 
 # %% ../nbs/api/01a_templates.ipynb #01a-templates-15

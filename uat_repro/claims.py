@@ -60,24 +60,26 @@ class Procedure(NamedTuple):
     zero: bool = True  # whether it compares with zero only
 
 # %% ../nbs/api/13_claims.ipynb #13-claims-13
-def _panels(m: Measure, table: pd.DataFrame) -> dict[tuple, Effect]:
-    "An effect for each model and data set."
-    def effect(part: pd.DataFrame) -> Effect:
-        if m.test == "difference": return correlation_difference(part, tuple(m.how["of"]), tuple(m.how["over"]))
-        given = m.how.get("given", ())
-        if m.test == "coefficient": return coefficient(part, m.how["y"], m.how["x"], given)
-        return correlation(part, m.how["x"], m.how["y"], given, null=m.threshold)
-    return {key: effect(part) for key, part in table.groupby(["model", "dataset"], sort=False)}
+def _correlation(m: Measure, tokens: pd.DataFrame) -> Effect:
+    return correlation(tokens, m.how["x"], m.how["y"], m.how.get("given", ()), null=m.threshold)
 
-def _gains(m: Measure, records: pd.DataFrame) -> dict[tuple, Effect]:
+def _difference(m: Measure, tokens: pd.DataFrame) -> Effect:
+    return correlation_difference(tokens, tuple(m.how["of"]), tuple(m.how["over"]))
+
+def _coefficient(m: Measure, tokens: pd.DataFrame) -> Effect:
+    return coefficient(tokens, m.how["y"], m.how["x"], m.how.get("given", ()))
+
+def _panels(effect: Callable, m: Measure, table: pd.DataFrame) -> dict[tuple, Effect]:
+    return {key: effect(m, part) for key, part in table.groupby(["model", "dataset"], sort=False)}
+
+def _gains(compare: Callable, m: Measure, records: pd.DataFrame) -> dict[tuple, Effect]:
     at = records["checkpoint"].isin(["initial", *PRIMARY.values()]) & (records["role"] == m.how["role"])
-    of, over, value = m.how["of"], m.how["over"], m.how.get("value", "nll")
-    found = (gains if m.test == "gain" else shares)(records[at], of, over, value=value)
+    found = compare(records[at], m.how["of"], m.how["over"], value=m.how.get("value", "nll"))
     return {key[:-1]: effect for key, effect in found.items() if key[3] == PRIMARY.get(key[2], "last")}
 
-def _curricula(m: Measure, dynamics: pd.DataFrame) -> dict[tuple, Effect]:
+def _curricula(which: int, m: Measure, dynamics: pd.DataFrame) -> dict[tuple, Effect]:
     found = curriculum(dynamics[dynamics["objective"] == m.how["objective"]], m.threshold)
-    return {run[:-1]: both[m.test == "change"] for run, both in found.items()}
+    return {run[:-1]: effects[which] for run, effects in found.items()}
 
 def _slopes(m: Measure, dynamics: pd.DataFrame) -> dict[tuple, Effect]:
     part = dynamics[dynamics["objective"] == m.how["objective"]]
@@ -85,14 +87,14 @@ def _slopes(m: Measure, dynamics: pd.DataFrame) -> dict[tuple, Effect]:
     return {(*key, "held out" if out else "trained"): slope_effect(rows) for (*key, out), rows in groups}
 
 TESTS = dict(
-    correlation=Procedure("tokens", ("model", "dataset"), _panels, zero=False),
-    difference=Procedure("tokens", ("model", "dataset"), _panels),
-    gain=Procedure("records", SETTING[:-1], _gains),
-    share=Procedure("records", SETTING[:-1], _gains),
-    overlap=Procedure("dynamics", RUN[:-1], _curricula, zero=False),
-    change=Procedure("dynamics", RUN[:-1], _curricula, needs=("aleatoric",)),
+    correlation=Procedure("tokens", ("model", "dataset"), partial(_panels, _correlation), zero=False),
+    difference=Procedure("tokens", ("model", "dataset"), partial(_panels, _difference)),
+    gain=Procedure("records", SETTING[:-1], partial(_gains, gains)),
+    share=Procedure("records", SETTING[:-1], partial(_gains, shares)),
+    overlap=Procedure("dynamics", RUN[:-1], partial(_curricula, 0), zero=False),
+    change=Procedure("dynamics", RUN[:-1], partial(_curricula, 1), needs=("aleatoric",)),
     slope=Procedure("dynamics", (*RUN[:-1], "tokens"), _slopes, needs=("held_out", "aleatoric_initial")),
-    coefficient=Procedure("learnability", ("model", "dataset"), _panels))
+    coefficient=Procedure("learnability", ("model", "dataset"), partial(_panels, _coefficient)))
 
 # %% ../nbs/api/13_claims.ipynb #13-claims-18
 def _measure(entry: Mapping) -> Measure:
@@ -126,9 +128,7 @@ def gather(
     "The tables that claims are judged from."
     folder, found, runs = Path(folder), {}, list(runs)
     for table, experiment in TABLES.items():
-        if (whole := folder / f"{table}.parquet").is_file():
-            found[table] = pd.read_parquet(whole)
-            continue
+        if (whole := folder / f"{table}.parquet").is_file(): found[table] = pd.read_parquet(whole); continue
         asked = runs or [f"{experiment}/{f.parent.name}" for f in sorted(folder.glob(f"{experiment}/*/result.json"))]
         of = [run for run in asked if Path(run).parts[0] == experiment]
         if any((folder / run / f"{table}.parquet").is_file() for run in of):

@@ -255,9 +255,9 @@ def score(
     from uat_repro.uncertainty import SCORES, MCDropout
     from uat_repro.workflow import nearest
     if by not in SCORES: raise ValueError(f"there is no score {by!r}: {nearest(by, SCORES)}")
-    out.mkdir(parents=True, exist_ok=True)  # rather told now than after hours
     posterior, (network, tokenizer) = MCDropout(p, samples, tuple(sites)), tasks.load(asked.model, asked.chat_template)
     chats = tasks.read_records(asked, split, records)
+    out.mkdir(parents=True, exist_ok=True)  # rather told now than after hours
     tokens = tasks.scored(chats, network, tokenizer, asked.max_length, posterior)
     tasks.write_scores(out, tokens, by, show, f"{tasks.name_of(asked.dataset)}, scored by {Path(asked.model).name}")
     scored = f"{tokens['record'].nunique()} records" + (" (more by --records)" if len(chats) == records else "")

@@ -38,7 +38,7 @@ def _check_step(o: Settings, tokens: int, num_items: Tensor | int | None) -> Non
 class _Given(Head):
     "An output layer for states that are logits already; only the length V of its weight is read."
     def logits(self, hidden: Tensor) -> Tensor: return hidden
-    before = Head.before
+    backward = Head.backward
 
 def _check_logits(o: Settings) -> None:
     "Raise a `ValueError` if logits and labels are not enough for an objective."

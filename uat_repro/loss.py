@@ -47,13 +47,13 @@ def _divergence_of(z: Tensor, teacher_z: Tensor, weight: Tensor, log_z: Tensor, 
     q, p = log_q.exp(), log_p.exp()
     # sum of q (log q - log p); p and q sum to 1, so adding p - q takes away rounding only
     kl = dot(q, log_q.sub_(log_p)) + p.sum(-1) - q.sum(-1)
-    # d/dz_v  v tau^2 KL(q, p)  =  v tau (p_v - q_v)
+    # d/dz_v  u tau^2 KL(q, p)  =  u tau (p_v - q_v)
     return p.sub_(q).mul_(temperature * weight[:, None]).to(dtype), kl
 
 def divergence_slope(
     z: Tensor,  # (n, v) logits of a slice
     start: int,  # first token id of the slice
-    weight: Tensor,  # (n,) v
+    weight: Tensor,  # (n,) u
     log_z: Tensor,  # (n,) log Z of the student at this temperature
     teacher_hidden: Tensor,  # (n, H') hidden states of the teacher
     teacher_head,  # output layer of the teacher
@@ -61,7 +61,7 @@ def divergence_slope(
     temperature: float = 1.0,  # tau
     dtype: torch.dtype = torch.float32,  # of the gradient
 ) -> tuple[Tensor, Tensor]:  # gradient (n, v); the slice's part (n,) of KL, nats
-    "Slope of the weighted divergence, v tau^2 KL(teacher, student)."
+    "Slope of the weighted divergence, u tau^2 KL(teacher, student)."
     teacher_z = slice_head(teacher_head, start, start + z.shape[1]).logits(teacher_hidden)  # (n, v)
     return _divergence_of(z, teacher_z, weight, log_z, teacher_log_z, temperature, dtype)
 
@@ -109,7 +109,7 @@ def sum_slices(
             z = part.logits(hidden)  # (N, j - i)
             dz, partials = _slope(z, i, terms)
             for whole, partial_sum in zip(sums, partials): whole += partial_sum
-            dz = part.before(z, dz)
+            dz = part.backward(z, dz)
             del z  # before the products
             if of_hidden is not None: add_product(of_hidden, dz, part.weight, made_from)
             if of_weight is not None: of_weight[i:j] = product(dz.T, hidden, made_from, of_weight.dtype)
@@ -155,7 +155,7 @@ def _sort(weight: Tensor, kl_weight: Tensor) -> tuple[Tensor, int, int]:
 def _divergence_term(
     hidden: Tensor,  # (n, H) of the student, detached
     head,  # output layer of the student
-    weight: Tensor,  # (n,) v
+    weight: Tensor,  # (n,) u
     log_z: Tensor,  # (n,) of the student, at temperature 1
     teacher_hidden: Tensor,  # (n, H') of the teacher
     teacher_head,  # output layer of the teacher
@@ -195,7 +195,7 @@ def sum_chunks(
     targets: Tensor,  # (N,) token ids
     head,  # output layer of the model, which does not train
     weight: Tensor,  # (N,) w, of each token's predictive loss
-    kl_weight: Tensor,  # (K,) v, of the divergence of the first K tokens
+    kl_weight: Tensor,  # (K,) u, of the divergence of the first K tokens
     taught: Tensor | None = None,  # (K, H') hidden states of the teacher
     teacher_head=None,  # output layer of the teacher
     temperature: float = 1.0,  # tau
@@ -214,7 +214,7 @@ def sum_chunks(
                 z, targets[rows], weight[rows], kl_weight[rows], None if taught is None else taught[rows],
                 teacher_head, temperature)
             numbers[:, rows] = torch.stack([*some, log_z])
-            if wanted: gradient[rows] = product(head.before(z, dz), head.weight, made_from)
+            if wanted: gradient[rows] = product(head.backward(z, dz), head.weight, made_from)
             del z, dz  # before the next chunk is made
     loss, entropy, log_z = numbers
     total = (weight * loss).sum() + temperature**2 * (kl_weight * kl).sum()
@@ -234,7 +234,7 @@ def token_loss(
     targets: Tensor,  # (N,) token ids
     head,  # output layer of the model
     weight: Tensor,  # (N,) w, of each token's predictive loss
-    kl_weight: Tensor | None = None,  # (N,) v, of each token's divergence from the teacher
+    kl_weight: Tensor | None = None,  # (N,) u, of each token's divergence from the teacher
     teacher_hidden: Tensor | None = None,  # (N, H') of the teacher, for the same tokens
     teacher_head=None,  # output layer of the teacher
     temperature: float = 1.0,  # tau
@@ -266,7 +266,7 @@ def scored_loss(
     targets: Tensor,  # (N,) token ids
     head,  # output layer of the model
     weight: Tensor,  # (N,) w, of each token's predictive loss
-    kl_weight: Tensor,  # (N,) v, of each token's divergence from the teacher
+    kl_weight: Tensor,  # (N,) u, of each token's divergence from the teacher
     teacher_hidden: Tensor | None = None,  # (N, H') of the teacher, for the same tokens
     teacher_head=None,  # output layer of the teacher
     temperature: float = 1.0,  # tau

@@ -45,7 +45,7 @@ class Head(NamedTuple):
         z = z if self.scale == 1 else z * self.scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
-    def before(self, z: Tensor, dz: Tensor) -> Tensor:  # (..., V), as dz
+    def backward(self, z: Tensor, dz: Tensor) -> Tensor:  # (..., V), as dz
         "The gradient of `hidden @ weight.T + bias` from that of the logits: what `logits` does after it, backwards."
         # d/dx  c tanh(x / c)  =  1 - tanh(x / c)^2
         dz = dz if self.softcap is None else (dz * (1 - (z / self.softcap)**2)).to(dz.dtype)
@@ -53,9 +53,9 @@ class Head(NamedTuple):
 
     @classmethod
     def __init_subclass__(cls):
-        if "logits" in vars(cls) and "before" not in vars(cls):
-            raise TypeError(f"{cls.__name__} changes `logits` and not `before`, so its gradients would be wrong: "
-                            "define `before` too, or `before = Head.before` where the logits stay what they are")
+        if "logits" in vars(cls) and "backward" not in vars(cls):
+            raise TypeError(f"{cls.__name__} changes `logits` and not `backward`, so its gradients would be wrong: "
+                            "define `backward` too, or `backward = Head.backward` where the logits stay what they are")
 
 # %% ../nbs/api/02_models.ipynb #02-models-11
 def _noisy(model: nn.Module) -> bool:

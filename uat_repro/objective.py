@@ -218,7 +218,7 @@ def _equation_9(o: Settings, layout: Layout, head: Head, states: Tensor, scored:
     distilled = torch.ones_like(selected) if o.distill_on == "all" else ~selected  # (N,) D
     per_selected, per_distilled = _inverse_divisors(o, layout, selected, distilled, total)
     weights, kl_weights = weigh(o, scored, selected) if scored else layout.weights, layout.weights * distilled  # (N,)
-    counted = per_selected * weights, o.distill_weight * per_distilled * kl_weights  # (N,) w and v
+    counted = per_selected * weights, o.distill_weight * per_distilled * kl_weights  # (N,) w and u
     terms = states, layout.targets, head, *counted, second[0], second[1], o.temperature
     if scored:
         scores, log_z = scored.scores, scored.scores.log_z if scored.states is states else None  # known already

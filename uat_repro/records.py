@@ -1,4 +1,4 @@
-"""Files and packages become records of chat messages, each on one side of a split
+"""Files and packages become records of chat messages, each in one split
 
 Docs: https://uat-repro.github.io/uat-repro/api/records.html.md"""
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ._files import ENDINGS, file_hash, files_of, read_values
 from ._hub import HUB, by_full_name, from_hub, on_hub, renamed, short, split_in
-from ._sides import SPLITS, group_of, kin_of, record_id, side_of, split_of
+from ._splits import SPLITS, cluster_number, cluster_of, record_id, split_of, split_of_record
 from ._turns import (FIELDS, LEARN, as_text, empty, excerpt, first_of, join, listed,
                               message_of, read_tools)
 
@@ -122,7 +122,7 @@ def _conversation(record: dict) -> tuple[list[dict], list[str]]:
     "The messages of a record, as from `to_messages`, and its fields that were not read."
     fields = _Fields(record if isinstance(record, dict) else {})
     fields.read = {"id", "source", "weight", "token_weights"}
-    if group_of(fields) is None: fields.read.discard("cluster")  # a word is no number of a group, and not read
+    if cluster_number(fields) is None: fields.read.discard("cluster")  # a word is no number of a group, and not read
     turns = _turns(fields, record)
     messages, tools = _joined(turns, record), _tools(fields, turns, record)
     if messages and tools: messages[0]["tools"] = tools
@@ -272,7 +272,7 @@ def _records(streams: Iterable, source: str, complain: Callable[[str], None]) ->
         for file, field in sorted(new): _log.warning("%s: field %r is not read", file, field)
         record = dict(id=record_id(messages), messages=messages, source=str(first_of(raw, "source") or source))
         if weights is not None: record["token_weights"] = weights
-        if (kin := kin_of(raw, source)) is not None: record["cluster"] = f"{source}/{kin}"
+        if (cluster := cluster_of(raw, source)) is not None: record["cluster"] = f"{source}/{cluster}"
         if record["id"] in seen: repeated += 1
         else: yield record
         seen.add(record["id"])
@@ -288,7 +288,7 @@ def _divided(parts: dict[str, list[Callable]], source: str, complain: Callable) 
     held_out, sides, found = {record["id"] for records in own for record in records}, {}, Counter()
     try:
         for record in _records([s for part in ("train", "") for s in parts.get(part, [])], source, complain):
-            side, asked = side_of(record, parts), record["messages"][:-1]
+            side, asked = split_of_record(record, parts), record["messages"][:-1]
             if record["id"] in held_out: found["in its own validation or test set, and were left out"] += 1; continue
             if asked and sides.setdefault(record_id(asked), side) != side: found[_APART] += 1
             yield side, record

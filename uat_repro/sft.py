@@ -40,7 +40,7 @@ class UncertaintyAwareSFTTrainer(ObjectiveMixin, SFTTrainer):
     "TRL's `SFTTrainer` that minimises an `Objective`; all other arguments are the `SFTTrainer`'s."
     arguments = SFTConfig
 
-    def _complete(self, args: SFTConfig, given: dict) -> dict:
+    def _fill_arguments(self, args: SFTConfig, given: dict) -> dict:
         "The other arguments; a `ValueError` says what would have no effect."
         if (kind := getattr(args, "loss_type", "nll")) != "nll":
             raise ValueError(f"loss_type is {kind!r}, but the loss is the objective's: leave it at 'nll', and choose "

@@ -62,7 +62,7 @@ class _Watching:
         super()._save_checkpoint(*args, **kwargs)
 
 # %% ../nbs/api/09_training.ipynb #09-training-11
-class _Logging(_Watching):
+class _Logging:
     "For a Trainer: the parts of the objective in its log."
     _seen, _busy, sources = None, 0.0, []
 
@@ -95,7 +95,7 @@ def _lengths(dataset) -> list[int]:
     return [len(row) for row in ids]
 
 # %% ../nbs/api/09_training.ipynb #09-training-22
-class _Counting(_Logging):
+class _Counting:
     "For a Trainer: it counts the tokens of a step before its first forward."
     objective: Objective
     weighted: bool  # the rows have weights
@@ -133,7 +133,7 @@ def check_packed_evaluation(args: TrainingArguments) -> None:
         raise ValueError(f"per_device_eval_batch_size is {args.per_device_eval_batch_size}, but {args.world_size} "
                          "processes can't tell packed rows of a batch apart, some of which are there twice: set it to 1")
 
-class _Evaluating(_Counting):
+class _Evaluating:
     "For a Trainer: its `eval_loss` and `eval_accuracy` are means over all response tokens, whatever it trains on."
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         "The loss of this batch over all response tokens, and no predictions."
@@ -184,7 +184,7 @@ def _check_devices(gpus: int) -> None:
 # %% ../nbs/api/09_training.ipynb #09-training-29
 _READ = ("trainer_state.json", "config.json", ".index.json")  # names end so of the files that a training goes on by
 
-def _complete_file(file: Path) -> bool:
+def _is_whole_file(file: Path) -> bool:
     "Whether a file can be read to its end, as far as its kind tells."
     try:
         if file.name.endswith(_READ): json.loads(file.read_text(encoding="utf-8"))
@@ -193,25 +193,25 @@ def _complete_file(file: Path) -> bool:
     except (OSError, ValueError, SafetensorError): return False
     return file.suffix not in (".pt", ".pth", ".bin") or zipfile.is_zipfile(file)  # torch writes archives
 
-def _complete(checkpoint: Path) -> bool:
+def _is_whole(checkpoint: Path) -> bool:
     "Whether a checkpoint was written to its end and has lost nothing that a training goes on from."
     files = [*checkpoint.iterdir()]
     names = {file.name for file in files}
     alone = ("scheduler.pt" in names) != bool({"optimizer.pt", "optimizer.bin"} & names)  # the latter of FSDP
     divided = any(file.is_dir() for file in files)  # an optimizer of several processes has a folder
-    return (checkpoint / "trainer_state.json").exists() and (divided or not alone) and all(map(_complete_file, files))
+    return (checkpoint / "trainer_state.json").exists() and (divided or not alone) and all(map(_is_whole_file, files))
 
 # %% ../nbs/api/09_training.ipynb #09-training-29b
 def _last_whole(folder: str | Path) -> str:
     "The last complete checkpoint in a folder; a `ValueError` if there is none."
     steps = {path: path.name.rpartition("-")[2] for path in Path(folder).glob("checkpoint-*")}
     for path in sorted((p for p, step in steps.items() if step.isdigit()), key=lambda p: -int(steps[p])):
-        if _complete(path): return str(path)
-        broken = [file.name for file in path.iterdir() if not _complete_file(file)]
+        if _is_whole(path): return str(path)
+        broken = [file.name for file in path.iterdir() if not _is_whole_file(file)]
         _log.warning("%s is not whole and is passed over: %s", path, ", ".join(broken) or "files are missing")
     raise ValueError(f"{folder} has no whole checkpoint to go on from: start from the beginning")
 
-class _Resuming(_Evaluating):
+class _Resuming:
     "For a Trainer: it goes on from a whole checkpoint."
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         "The Trainer's; with True it goes on from the last whole checkpoint."
@@ -230,7 +230,7 @@ def _warn_of_balance(trainer: Trainer) -> None:
                      "output_router_logits=False in its config or, in TRL, by router_aux_loss_coef=0")
 
 # %% ../nbs/api/09_training.ipynb #09-training-30b
-class ObjectiveMixin(_Resuming):
+class ObjectiveMixin(_Resuming, _Evaluating, _Counting, _Logging, _Watching):
     "Makes the Trainer that is the next base class minimise an `Objective`; all other arguments are that Trainer's."
     loss_is_scaled_for_ga = True  # the objective divides by the totals of the whole step
     arguments = TrainingArguments  # what its `args` are
@@ -248,7 +248,7 @@ class ObjectiveMixin(_Resuming):
         args = self.arguments("tmp_trainer") if args is None else args  # the Trainer's own default
         _check(self.objective, teacher, args, kwargs)
         args.remove_unused_columns = False
-        super().__init__(model, args, **self._complete(args, kwargs))
+        super().__init__(model, args, **self._fill_arguments(args, kwargs))
         _check_devices(self.args.n_gpu)
         self.sources = sources_of(self.train_dataset)
         self.weighted = "loss_weights" in (getattr(self.train_dataset, "column_names", None) or ())
@@ -267,7 +267,7 @@ class ObjectiveMixin(_Resuming):
 # %% ../nbs/api/09_training.ipynb #09-training-53
 class UncertaintyAwareTrainer(ObjectiveMixin, Trainer):
     "A `transformers.Trainer` that minimises an `Objective`; all other arguments are the Trainer's."
-    def _complete(self, args: TrainingArguments, given: dict) -> dict:
+    def _fill_arguments(self, args: TrainingArguments, given: dict) -> dict:
         "The other arguments, with a collator."
         if given.get("data_collator") is not None: return given
         if given.get("processing_class") is None:
