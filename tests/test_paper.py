@@ -155,4 +155,4 @@ def test_a_run_of_the_profile_through_its_notebooks(folders, tmp_path, monkeypat
     go("figures/t1", results=".", out="figures")
     told, score = (tmp_path / "figures" / "t1.md").read_text(), "0.00 [no interval] | 0 |"
     assert f"| llama-3.2-1b | GSM8K | one pass | combined | gsm8k | exact_match, strict-match | ID | {score}" in told
-    assert f"| llama-3.2-1b | - | - | untrained model | gsm8k | exact_match, strict-match | - | {score}" in told
+    assert f"| llama-3.2-1b | - | - | initial model | gsm8k | exact_match, strict-match | - | {score}" in told

@@ -495,7 +495,7 @@ def test_the_gpu_profile_runs_without_one_at_smoke_size(tmp_path):
         (tmp_path / "data" / f"{name}.{ending}").write_text(text)
     assert reproduce(str(tmp_path / "small.yaml"), only="t1", workdir=tmp_path / "results", data_dir=tmp_path / "data", notebooks=ROOT / "nbs") == 0
     table = (tmp_path / "results/figures/t1.md").read_text()
-    assert all(said in table for said in ("untrained model", "masked MLE", "one pass", "repeated passes", "exact_match"))
+    assert all(said in table for said in ("initial model", "masked MLE", "one pass", "repeated passes", "exact_match"))
 
 
 @pytest.mark.parametrize("package", ["snakemake", "papermill", "ipykernel"])

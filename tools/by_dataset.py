@@ -1,4 +1,4 @@
-"""Each objective against the untrained model and against MLE, on each data set alone, with intervals of 95% that are not
+"""Each objective against the initial model and against MLE, on each data set alone, with intervals of 95% that are not
 corrected: what the claims take together, and what they do not compare. Nobody planned these contrasts.
 
     python tools/by_dataset.py reference/cpu-full

@@ -35,7 +35,7 @@ ROWS = {  # claim or control, and which of its measures
     ("C4", 0): "chosen tokens beat chosen documents",
     ("C5", 0): "the mask moves (under MLE as well)",
     ("C5", 1): "the epistemic share of the tokens chosen first falls",
-    ("C6", 0): "OOD, masked MLE loses to the untrained model",
+    ("C6", 0): "OOD, masked MLE loses to the initial model",
     ("C6a", 0): "OOD, masked MLE loses to MLE",
     ("C7", 0): "combined restores a share of what masked MLE loses OOD",
     ("C7a", 0): "MLE + KL restores a share of it",

@@ -50,7 +50,7 @@ LABELS = {name: how.label for name, how in OBJECTIVES.items()} | {
     "qwen2.5-coder-1.5b": "Qwen2.5-Coder 1.5B", "tiny-llama": "tiny Llama (random)",
     "tiny-gemma2": "tiny Gemma 2 (random)", "tiny-phi3": "tiny Phi 3 (random)", "id": "ID", "ood": "OOD"} | dict(
     alpaca="Alpaca", gsm8k="GSM8K", one_pass="one pass", gsm_symbolic="GSM-Symbolic", sharegpt="ShareGPT", kl="KL",
-    repeated="repeated passes", last="last checkpoint", best="best checkpoint", initial="untrained model", nll="NLL",
+    repeated="repeated passes", last="last checkpoint", best="best checkpoint", initial="initial model", nll="NLL",
     total="total uncertainty", loss="predictive loss", entropy="predictive entropy", aleatoric="aleatoric uncertainty",
     share="epistemic share", epistemic="epistemic uncertainty", selected="in the mask", inflation="rise of the loss",
     overlap="overlap with the first mask", spearman="rank correlation", correlation="rank correlation",
@@ -200,7 +200,7 @@ def plot_gains(
 
 # %% ../nbs/api/16_plots.ipynb #16-plots-32
 def _shade_quarter(ax: Axes) -> None:
-    "The untrained model, lines at zero, the margin, and a shade where both gains are positive."
+    "The initial model, lines at zero, the margin, and a shade where both gains are positive."
     near = 2 * MARGINS["nats"]
     ax.margins(.12)
     ax.autoscale_view()
@@ -243,7 +243,7 @@ def plot_tradeoff(
     fig, axes = _facets(both.reset_index(), rows, ("regime", "checkpoint"), _draw_tradeoff, (.6, 2.2, 5), (1.1, 2))
     for ax in axes[-1]: ax.set_xlabel("ID gain (nats)")
     fig.supylabel("OOD gain (nats)", size=9)
-    fig.suptitle("Gains in NLL per token over the untrained model (star)\n" + note, size=9)
+    fig.suptitle("Gains in NLL per token over the initial model (star)\n" + note, size=9)
     _key(fig, frame["objective"])
     return fig
 
