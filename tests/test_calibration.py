@@ -2,7 +2,7 @@
 import numpy as np, pytest, torch
 from torch.nn.functional import cross_entropy
 
-from uat_repro.calibration import calibration, calibration_error, fit_temperature, judge, reliability
+from uat_repro.calibration import calibration, calibration_error, fit_temperature, predictions_of, reliability_table
 from uat_repro.models import tiny_model, tiny_tokenizer
 from uat_repro.tokens import Collator, encode_all, lay_out
 
@@ -65,12 +65,12 @@ def test_a_calibrated_model_needs_no_temperature_and_scaled_logits_give_the_scal
     losses = torch.stack([cross_entropy(logits / tau, targets) for tau in grid])
     assert fitted == pytest.approx(float(grid[losses.argmin()]), rel=.01)
     model.lm_head.weight = torch.nn.Parameter(3 * model.lm_head.weight.detach())  # the embeddings stay as they are
-    assert fit_temperature(judge(model, honest)) / fitted == pytest.approx(3, rel=.01)
+    assert fit_temperature(predictions_of(model, honest)) / fitted == pytest.approx(3, rel=.01)
 
 
 def test_honest_promises_have_no_error():
     draws = torch.Generator().manual_seed(0)
     promised = torch.rand(200_000, generator=draws)
     kept = torch.rand(200_000, generator=draws) < promised
-    assert calibration_error(reliability(promised, kept)) < .01
-    assert calibration_error(reliability(promised.sqrt(), kept)) == pytest.approx(1 / 6, abs=.01)  # E[sqrt u - u]
+    assert calibration_error(reliability_table(promised, kept)) < .01
+    assert calibration_error(reliability_table(promised.sqrt(), kept)) == pytest.approx(1 / 6, abs=.01)  # E[sqrt u - u]

@@ -59,24 +59,24 @@ def operands(weight: Tensor) -> torch.dtype:  # bfloat16 or float32
 def product(
     a: Tensor,  # (n, k)
     b: Tensor,  # (k, m)
-    operands: torch.dtype,  # to which both are cast: bfloat16 or float32
+    made_from: torch.dtype,  # to which both are cast: bfloat16 or float32
     dtype: torch.dtype = torch.float32,  # of the result
 ) -> Tensor:  # (n, m)
     "The product of two matrices, summed in float32, whatever autocast says."
-    a, b = a.to(operands), b.to(operands)
+    a, b = a.to(made_from), b.to(made_from)
     with torch.autocast(a.device.type, enabled=False):
-        if operands == torch.float32 or not a.is_cuda: return (a.float() @ b.float()).to(dtype)
+        if made_from == torch.float32 or not a.is_cuda: return (a.float() @ b.float()).to(dtype)
         return torch.mm(a, b) if dtype == torch.bfloat16 else torch.mm(a, b, out_dtype=torch.float32).to(dtype)
 
 def add_product(
     total: Tensor,  # (n, m) float32, changed
     a: Tensor,  # (n, k)
     b: Tensor,  # (k, m)
-    operands: torch.dtype,  # to which both are cast: bfloat16 or float32
+    made_from: torch.dtype,  # to which both are cast: bfloat16 or float32
 ) -> None:
     "Add the product of two matrices."
-    if operands == torch.float32 or not a.is_cuda: total += product(a, b, operands)
-    else: torch.addmm(total, a.to(operands), b.to(operands), out_dtype=torch.float32, out=total)
+    if made_from == torch.float32 or not a.is_cuda: total += product(a, b, made_from)
+    else: torch.addmm(total, a.to(made_from), b.to(made_from), out_dtype=torch.float32, out=total)
 
 # %% ../nbs/api/02b_products.ipynb #02b-products-14a
 class _FromBfloat16(torch.autograd.Function):

@@ -92,13 +92,13 @@ def _plan(lengths: Sequence[int]) -> list[list[int]]:
     return parts
 
 # %% ../nbs/api/04_cache.ipynb #04-cache-24
-def _labels(index: dict) -> list[dict[str, str]]:
+def _file_metadata(index: dict) -> list[dict[str, str]]:
     "The metadata of each file of a cache."
     key, lengths = _key(index["identity"]), index["lengths"]
     return [dict(identity=key, records=_key(part), rows=str(sum(lengths[r] for r in part))) for part in index["parts"]]
 
 # %% ../nbs/api/04_cache.ipynb #04-cache-25
-def _told(label: dict[str, str], states: Tensor) -> dict[str, str]:
+def _with_hash(label: dict[str, str], states: Tensor) -> dict[str, str]:
     "The metadata of a file with these states: its label and their hash."
     digest = hashlib.sha256(states.contiguous().view(torch.uint8).numpy()).hexdigest()[:16]
     return dict(label=json.dumps(label | dict(states=digest)))  # one entry: several come out in a random order
@@ -112,7 +112,7 @@ def _fault(file: Path, label: dict[str, str]) -> str:  # empty if nothing is
     except PermissionError: raise  # the states may be fine
     except (SafetensorError, OSError, ValueError): return "is damaged"
     if any(found.get(name) != label[name] for name in label): return "holds other states"
-    return "" if metadata == _told(label, states) else "is damaged"
+    return "" if metadata == _with_hash(label, states) else "is damaged"
 
 # %% ../nbs/api/04_cache.ipynb #04-cache-27
 def _replace(path: Path, write: Callable[[Path], object]):
@@ -131,7 +131,7 @@ def _fill(file: Path, label: dict, runner: nn.Module, rows: list, batch_size: in
         states += compute_states(runner, rows[start:start + batch_size])
         bar.update(sum(len(row["input_ids"]) for row in rows[start:start + batch_size]))
     whole = torch.cat(states)
-    _replace(file, lambda part: save_file(dict(states=whole), part, _told(label, whole)))
+    _replace(file, lambda part: save_file(dict(states=whole), part, _with_hash(label, whole)))
 
 # %% ../nbs/api/04_cache.ipynb #04-cache-31
 def _index_of(path: Path) -> dict | None:
@@ -147,7 +147,7 @@ def _read_index(path: Path) -> dict:
         raise FileNotFoundError(f"{path} holds no hidden states: make them with HiddenCache.build")
     again = "call HiddenCache.build again and it goes on"
     if (index := _index_of(path)) is None: raise ValueError(f"{path/'index.json'} is damaged: {again}")
-    faults = [f"{PART.format(i)} {fault}" for i, label in enumerate(_labels(index))
+    faults = [f"{PART.format(i)} {fault}" for i, label in enumerate(_file_metadata(index))
               if (fault := _fault(path/PART.format(i), label))]
     if faults:
         raise ValueError(f"{path} is not complete ({len(faults)} of {len(index['parts'])} files: {faults[0]}): {again}")
@@ -219,7 +219,7 @@ def _build(
     if _index_of(path) != index: _replace(path/"index.json", lambda part: part.write_text(json.dumps(index)))
     runner = model if layer == -1 else split_layers(model, layer)[0]
     with tqdm(total=sum(lengths), unit="token", desc=f"hidden states, {size / 1e6:,.0f} MB", delay=2) as bar:
-        for i, (records, label) in enumerate(zip(parts, _labels(index))):
+        for i, (records, label) in enumerate(zip(parts, _file_metadata(index))):
             _fill(path/PART.format(i), label, runner, [dataset[r] for r in records], batch_size, bar)
     return cls(path)
 

@@ -45,7 +45,7 @@ class Effect:
     error: float = math.nan  # standard error
     df: float = math.nan  # degrees of freedom of the standard error; of several parts their harmonic mean
     parts: tuple[tuple[float, float], ...] = ()  # of several parts: share of the variance, and degrees of freedom
-    ratio: tuple[float, ...] = ()  # for a ratio of two means: what its interval is computed from
+    ratio: tuple[float, ...] = ()  # of a share: mean gain and loss, seeds, records, nine mean squares
 
     def quantile(self, p: float) -> float:  # of the distance between estimate and truth, in standard errors
         return float(sum(share * stdtrit(df, p) for share, df in self.parts or ((1, self.df),)))
@@ -179,16 +179,16 @@ def mean_effect(
 # %% ../nbs/api/12_effects.ipynb #12-effects-26
 def _fieller(ratio: tuple[float, ...], level: float) -> tuple[float, float]:
     "All shares that a t test of gain - share * loss does not reject."
-    (gain, loss, *shape), (a, b, c) = ratio[:4], np.reshape(ratio[4:], (3, 3))  # mean squares: gain, both, loss
+    gain, loss, *shape = ratio[:4]
     seeds, records = map(int, shape)
+    of_gain, of_both, of_loss = np.reshape(ratio[4:], (3, 3))  # mean squares and products: seeds, records, the rest
     def excess(of: float, squares: np.ndarray) -> float:  # distance from zero over that which the test allows
         variance, share = variance_of_mean(squares, seeds, records)
         return abs(of) - Effect(of, parts=parts(share, seeds, records)).quantile(.5 + level / 2) * variance**.5
-    if not (loss > 0 and excess(loss, c) > 0): return -math.inf, math.inf
-    at = lambda share: excess(gain - share * loss, a - 2 * share * b + share**2 * c)
+    if not (loss > 0 and excess(loss, of_loss) > 0): return -math.inf, math.inf
+    at = lambda share: excess(gain - share * loss, of_gain - 2 * share * of_both + share**2 * of_loss)
     def end(side: int) -> float:
-        far = next(x for k in range(-6, 60) if at(x := gain / loss + side * 2.0**k) > 0)
-        return brentq(at, gain / loss, far)
+        return brentq(at, gain / loss, next(x for k in range(-6, 60) if at(x := gain / loss + side * 2.0**k) > 0))
     found = end(-1), end(1)
     return found if at(0) > 0 else (min(found[0], 0.0), max(found[1], 0.0))  # with two seeds it can have a gap
 
