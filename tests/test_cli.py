@@ -233,12 +233,16 @@ def test_a_model_goes_to_the_hub_with_a_card_that_names_no_place_of_this_machine
     calls = []
     for name in ("whoami", "create_repo", "upload_folder", "upload_file"):
         monkeypatch.setattr(_tasks.hub, name, lambda *args, name=name, **given: calls.append((name, args, given)))
-    asked = ["train", str(tmp_path / "sums.jsonl"), "--model", "tiny-llama", "--objective", "masked_mle", "--lora",
+    for part in load_model("tiny-llama"): part.save_pretrained(tmp_path / "base")
+    asked = ["train", str(tmp_path / "sums.jsonl"), "--model", str(tmp_path / "base"), "--objective", "masked_mle", "--lora",
              "--out", str(tmp_path / "out"), "--push-to-hub", "someone/sums"]
     assert cli.main(asked) == 0
-    assert [name for name, *_ in calls] == ["whoami", "create_repo", "upload_folder", "upload_file"]
+    assert [name for name, *_ in calls] == ["whoami", "create_repo", "upload_folder", "upload_file", "upload_file"]
     assert calls[1][1:] == (("someone/sums",), dict(private=True, exist_ok=True))
-    assert calls[2][2]["folder_path"] == tmp_path / "out/model" and calls[3][2]["path_in_repo"] == "README.md"
+    assert calls[2][2]["folder_path"] == tmp_path / "out/model" and calls[4][2]["path_in_repo"] == "README.md"
+    sent = [file for file in (tmp_path / "out/model").iterdir() if file.name not in calls[2][2]["ignore_patterns"]]
+    assert sent and not [file.name for file in sent if str(tmp_path).encode() in file.read_bytes()]
+    assert json.loads(calls[3][2]["path_or_fileobj"])["base_model_name_or_path"] == "base"
     card, made = (tmp_path / "out/README.md").read_text(), read_json(tmp_path / "out/result.json")
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["library_name"] == "peft" and str(tmp_path) not in card and "push_to_hub" not in card

@@ -17,6 +17,7 @@ from .results import catalogue, claim_folder, folder_of, locked, read_json, resu
 # %% ../nbs/api/11b_archive.ipynb #11b-archive-05
 def _folder_in(source: Path, scratch: str) -> Path:
     "The folder of results that an archive holds; a folder is taken as it is."
+    if not source.exists(): raise ValueError(f"there is no {source}: check the path")
     if source.is_dir(): found = [source / "profile.json"]
     else:
         try:
@@ -73,6 +74,8 @@ def import_runs(
     with tempfile.TemporaryDirectory() as scratch:
         home = _folder_in(Path(source), scratch)
         profile = read_json((workdir if (workdir / "profile.json").exists() else home) / "profile.json")
+        if not isinstance(profile, dict) or not {"models", "datasets"} <= {*profile}:
+            raise ValueError(f"{source} holds no results of ours: its profile.json is something else")
         claim_folder(workdir, profile)
         with locked(workdir):
             for run in (Path(f).parent for f in result_files(profile)):

@@ -91,5 +91,7 @@ def read_columns(
 ) -> dict[str, str]:  # field -> column
     "A mapping of columns from text; a `ValueError` says how one is written."
     pairs = [pair.strip().partition("=") for pair in text.split(",")] if text else []
+    if len({field for field, *_ in pairs}) < len(pairs):
+        raise ValueError(f"--columns is {text!r}: it names a field more than once; leave one of them out")
     if all(field and column for field, _, column in pairs): return {field: column for field, _, column in pairs}
     raise ValueError(f"--columns is {text!r}: write field=column, such as prompt=question,completion=answer")

@@ -6,12 +6,12 @@ Docs: https://uat-repro.github.io/uat-repro/api/tasks.html.md"""
 
 # %% auto #0
 __all__ = ['load', 'name_of', 'read_records', 'read_rows', 'mark_selected', 'scored', 'write_scores', 'least_sure', 'kind_of',
-           'selected_kinds', 'repeated_note', 'inflation_note', 'cut_note', 'summary', 'asked_objective', 'train_model',
-           'train_and_held_out', 'load_reference', 'digest', 'tokens_hash', 'keep_start', 'keep_run', 'keep_config',
-           'keep_card', 'trainer_arguments', 'run_training']
+           'counted', 'selected_kinds', 'repeated_note', 'inflation_note', 'cut_note', 'summary', 'asked_objective',
+           'train_model', 'train_and_held_out', 'load_reference', 'digest', 'tokens_hash', 'keep_start', 'keep_run',
+           'keep_config', 'keep_card', 'trainer_arguments', 'run_training']
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-03
-import ast, hashlib, math, re, sys, time
+import ast, hashlib, json, math, re, sys, time
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -115,6 +115,8 @@ def kind_of(token: str) -> str:
     "What a token is made of: the first of the kinds that fits."
     return next(kind for kind, pattern in _KINDS.items() if re.fullmatch(pattern, token, re.DOTALL))
 
+def counted(n: int, what: str) -> str: return f"{n} {what}{'s' * (n != 1)}"
+
 def selected_kinds(tokens: pd.DataFrame) -> str:
     "The share of each kind of token that is selected, and how many there are."
     kinds = tokens.groupby(tokens["token"].map(kind_of))["selected"]
@@ -144,7 +146,8 @@ def inflation_note(tokens: pd.DataFrame, most: float = 0.02) -> str:
 def cut_note(lengths: Iterable[int], max_length: int) -> str:
     "How many records have all the tokens that they may have; empty if none has."
     count = sum(length == max_length for length in lengths)
-    return f"{count} records fill all {max_length} tokens: what follows is cut (raise --max-length)" if count else ""
+    told = f"of all {max_length} tokens: what follows is cut (raise --max-length)"
+    return f"{counted(count, 'record')} {told}" if count else ""
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-44
 def summary(tokens: pd.DataFrame, by: str, max_length: int) -> list[str]:
@@ -168,6 +171,8 @@ def asked_objective(asked) -> Objective:
     if twice := [field for field in fields if fields.count(field) > 1]:
         raise ValueError(f"--changes is {asked.changes!r}: it sets {twice[0]} more than once; leave one of them out")
     chosen = Objective.preset(asked.objective, **{field: _value(text) for field, _, text in pairs})
+    if chosen.needs_reference and not asked.reference:
+        raise ValueError(f"{asked.objective} compares with a model that was trained on such data: pass it by --reference")
     if asked.reference and not chosen.needs_teacher:
         raise ValueError(f"--reference is {asked.reference}, but {asked.objective} compares with no second model: "
                          "leave it out, or take another objective, such as rho1")
@@ -176,8 +181,6 @@ def asked_objective(asked) -> Objective:
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-14b
 def train_model(model, tokenizer, rows, held_out, chosen, lora=False, reference=None, resume=False, **args):
     "The Trainer after training, and the loss (nats per token) before and after on each of the held-out rows: id, ood."
-    if chosen.needs_reference and reference is None:
-        raise ValueError("the objective compares with a model that was trained on such data: pass it by --reference")
     if lora: set_seed(args.get("seed", 42))  # of the adapter's random start
     model, teacher = add_lora(model) if lora else model, None
     if chosen.needs_teacher:  # the reference, or the initial model
@@ -201,6 +204,7 @@ def train_and_held_out(read, documents: int) -> tuple:
     "Rows to train on, and held-out rows under `id`, but for a file that is too small to have some."
     try: return read("train", documents), dict(id=read("validation", 100))
     except NoRecords as e:
+        if e.all_held_out: raise
         rows = read("all", documents)  # raises where none of them can be used
         print(f"{e}; so all records are trained on, and nothing is held out", file=sys.stderr)
         return rows, {}
@@ -247,7 +251,8 @@ def keep_run(out: Path, trainer, losses: dict, about: dict, began: float) -> Non
     write_json(out / "cost.json", cost(began))
     told = [f"{len(trainer.eval_dataset[part])} {dict(id='held-out').get(part, part.upper())} records: loss {first:.3f} -> "
             f"{last:.3f} nats per token" for part, (first, last) in losses.items()] or ["nothing held out"]
-    print(f"{', '.join(told)} after {steps} steps on {len(trainer.train_dataset)} records: {out / 'model'}")
+    length = f"{counted(steps, 'step')} on {counted(len(trainer.train_dataset), 'record')}"
+    print(f"{', '.join(told)} after {length}: {out / 'model'}")
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-35
 _HERE = {"config", "out", "data_dir", "resume", "push_to_hub"}  # arguments of `train` that say nothing about a run
@@ -265,7 +270,13 @@ def keep_card(asked) -> None:
     card = write_whole(asked.out / "README.md", model_card(made, arguments))
     if asked.push_to_hub is None: return
     hub.create_repo(asked.push_to_hub, private=True, exist_ok=True)
-    hub.upload_folder(repo_id=asked.push_to_hub, folder_path=asked.out / "model", ignore_patterns="README.md")
+    ours = ["README.md", "training_args.bin", "adapter_config.json"]  # the second names paths of this machine
+    hub.upload_folder(repo_id=asked.push_to_hub, folder_path=asked.out / "model", ignore_patterns=ours)
+    if (file := asked.out / "model" / "adapter_config.json").exists():  # the base model may be a folder here
+        base = Path((adapter := read_json(file))["base_model_name_or_path"] or "")
+        adapter |= dict(base_model_name_or_path=base.name) if base.is_absolute() else {}
+        hub.upload_file(repo_id=asked.push_to_hub, path_or_fileobj=json.dumps(adapter, indent=2).encode(),
+                        path_in_repo=file.name)
     hub.upload_file(repo_id=asked.push_to_hub, path_or_fileobj=card, path_in_repo="README.md")
     print(f"{asked.push_to_hub} has the model and its card")
 
@@ -289,6 +300,8 @@ def run_training(asked) -> None:
     rows, held_out = train_and_held_out(lambda part, limit: read_rows(asked, part, limit, tokenizer), asked.documents)
     if cut := cut_note(map(len, rows["input_ids"]), asked.max_length): print(cut, file=sys.stderr)
     if asked.ood: held_out["ood"] = read_rows(replace(asked, dataset=asked.ood, columns=""), "all", 100, tokenizer)
+    if asked.ood and (same := {*rows["id"]} & {*held_out["ood"]["id"]}):
+        raise ValueError(f"{counted(len(same), 'record')} of --ood {asked.ood} would be trained on: give other data")
     ood = name_of(asked.ood) if asked.ood else None
     name, spec, reference = name_of(asked.dataset), Path(asked.model).name, asked.reference
     other = reference and load_reference(reference, tokenizer)

@@ -214,10 +214,10 @@ def _build(
     path, lengths, size = Path(path), [len(row["input_ids"]) for row in dataset], states_size(model, dataset)
     identity, parts = cache_identity(model, dataset, layer), _plan(lengths)
     _same_or_raise(path, identity)
+    runner = model if layer == -1 else split_layers(model, layer)[0]
     path.mkdir(parents=True, exist_ok=True)
     index = dict(identity=identity, lengths=lengths, parts=parts, bytes=size)
     if _index_of(path) != index: _replace(path/"index.json", lambda part: part.write_text(json.dumps(index)))
-    runner = model if layer == -1 else split_layers(model, layer)[0]
     with tqdm(total=sum(lengths), unit="token", desc=f"hidden states, {size / 1e6:,.0f} MB", delay=2) as bar:
         for i, (records, label) in enumerate(zip(parts, _file_metadata(index))):
             _fill(path/PART.format(i), label, runner, [dataset[r] for r in records], batch_size, bar)

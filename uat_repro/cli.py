@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from ._arguments import DataDir, Json, Profile, Reading, Split, Template, Training, option, takes
+from ._arguments import DataDir, Json, Profile, Reading, Split, Template, Training, nearest, option, takes
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-08
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -34,6 +34,15 @@ def _common(
 ):
     "Token-level uncertainty-aware post-training: the figures, and the tools behind them."
 
+def _visible(text: str) -> str:
+    "Text from data and files, as a terminal may show it."
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+def _make_visible(record: logging.LogRecord) -> bool:
+    "A filter of warnings."
+    record.msg, record.args = _visible(record.getMessage()), ()
+    return True
+
 def main(
     args: list[str] | None = None,  # arguments; those of the process if None
 ) -> int:  # exit status
@@ -41,6 +50,7 @@ def main(
     args = list(sys.argv[1:] if args is None else args)
     if not sys.stderr.isatty(): os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
     debug = "--debug" in args
+    if logging.lastResort: logging.lastResort.addFilter(_make_visible)
     try: app([a for a in args if a != "--debug"], prog_name="uat-repro")
     except SystemExit as e: return int(e.code or 0)
     except Exception as e:
@@ -48,7 +58,7 @@ def main(
         said = " ".join(str(e).split()) or type(e).__name__
         if isinstance(e, (LookupError, TypeError, AttributeError)):  # which nobody worded for a reader
             said = f"{type(e).__name__}: {said} (a fault of ours, or a file we did not foresee: see --debug)"
-        print(f"uat-repro: {''.join(c if c.isprintable() else ascii(c)[1:-1] for c in said)}", file=sys.stderr)
+        print(f"uat-repro: {_visible(said)}", file=sys.stderr)
         return 1
     return 0
 
@@ -58,7 +68,7 @@ def reproduce(
     profile: Profile = "cpu",
     only: option(list[str] | None, help="A figure, such as fig2a, or claims; may be repeated.") = None,
     dry_run: option(bool, "--dry-run", help="List the runs, and stop.") = False,
-    workdir: option(Path | None, help="Folder of results; `results` for cpu, else `results-<profile>`.") = None,
+    workdir: option(Path | None, file_okay=False, help="Folder of results; `results` for cpu, else `results-<profile>`.") = None,
     cores: option(int, min=1, help="Runs at once, of one thread each.") = 2,
     data_dir: DataDir = None,
     update: option(bool, "--update", help="Bring results of another configuration up to date.") = False,
@@ -200,7 +210,7 @@ def verify(
 @app.command("import")
 def import_finished(
     archive: Annotated[Path, typer.Argument(help="Folder of results of another machine, or a tar archive of one.")],
-    workdir: option(Path, help="Folder of results that takes the runs.") = Path("results"),
+    workdir: option(Path, file_okay=False, help="Folder of results that takes the runs.") = Path("results"),
     data_dir: DataDir = None,
 ):
     "Take finished runs from another folder of results, or from an archive; the exit status is 1 where some don't fit."
@@ -241,7 +251,7 @@ def doctor(
 @takes(Reading)
 def score(
     asked: Reading,
-    out: option(Path, help="Folder for tokens.parquet and tokens.html.") = Path("scores"),
+    out: option(Path, file_okay=False, help="Folder for tokens.parquet and tokens.html.") = Path("scores"),
     records: option(int, min=1, help="Records to score.") = 20,
     split: Split = "all",
     show: option(int, min=1, help="Records on the page, the first ones.") = 2000,
@@ -253,14 +263,13 @@ def score(
     "Score the response tokens of a data set: a table, a page to explore them, and a summary."
     from uat_repro import _tasks as tasks
     from uat_repro.uncertainty import SCORES, MCDropout
-    from uat_repro.workflow import nearest
     if by not in SCORES: raise ValueError(f"there is no score {by!r}: {nearest(by, SCORES)}")
     posterior, (network, tokenizer) = MCDropout(p, samples, tuple(sites)), tasks.load(asked.model, asked.chat_template)
-    chats = tasks.read_records(asked, split, records)
+    chats = tasks.read_records(asked, split, records + 1)  # one more tells whether there are more
     out.mkdir(parents=True, exist_ok=True)  # rather told now than after hours
-    tokens = tasks.scored(chats, network, tokenizer, asked.max_length, posterior)
+    tokens = tasks.scored(chats[:records], network, tokenizer, asked.max_length, posterior)
     tasks.write_scores(out, tokens, by, show, f"{tasks.name_of(asked.dataset)}, scored by {Path(asked.model).name}")
-    scored = f"{tokens['record'].nunique()} records" + (" (more by --records)" if len(chats) == records else "")
+    scored = tasks.counted(tokens["record"].nunique(), "record") + " (more by --records)" * (len(chats) > records)
     print(f"{len(tokens)} tokens of {scored}: {out / 'tokens.parquet'}, {out / 'tokens.html'}")
     print(*tasks.summary(tokens, by, asked.max_length), sep="\n")
 
@@ -278,9 +287,9 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or a name that doctor lists.")],
     chat_template: Template = "",
     task: option(list[str], help="A task of lm-evaluation-harness; may be repeated.") = ["gsm8k", "ifeval"],
-    out: option(Path, help="Folder for the samples.") = Path("evaluated"),
-    limit: option(int | None, help="Records of each task; all if not given.") = None,
-    max_new_tokens: option(int | None, help="Tokens of a response; IFEval needs its own number, 1280.") = None,
+    out: option(Path, file_okay=False, help="Folder for the samples.") = Path("evaluated"),
+    limit: option(int | None, min=1, help="Records of each task; all if not given.") = None,
+    max_new_tokens: option(int | None, min=1, help="Tokens of a response; IFEval needs its own number, 1280.") = None,
     batch_size: option(int, min=1, help="Records at once.") = 8,
     data_dir: DataDir = None,
 ):
@@ -305,7 +314,7 @@ def evaluate(
 @takes(Reading)
 def cache(
     asked: Reading,
-    out: option(Path, help="Folder for the states.") = Path("states"),
+    out: option(Path, file_okay=False, help="Folder for the states.") = Path("states"),
     records: option(int, min=1, help="Records to keep the states of.") = 1000,
     split: Split = "train",
     layer: option(int, help="The states that enter this layer; -1 for the last ones, which a teacher needs.") = -1,
@@ -315,7 +324,7 @@ def cache(
     from uat_repro.cache import HiddenCache, states_size
     network, tokenizer = tasks.load(asked.model, asked.chat_template)
     rows = tasks.read_rows(asked, split, records, tokenizer)
-    print(f"{len(rows)} records will take {states_size(network, rows) / 1e6:,.1f} MB in {out}")
+    print(f"{tasks.counted(len(rows), 'record')} will take {states_size(network, rows) / 1e6:,.1f} MB in {out}")
     HiddenCache.build(network, rows, out, layer)
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-50
