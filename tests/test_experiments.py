@@ -79,16 +79,17 @@ def test_a_run_that_is_killed_goes_on_behind_its_last_whole_part(name, part, kep
     assert [json.loads((tmp_path / out / "cost.json").read_text())["resumed"] for out in ("straight", "killed")] == [False, True]
 
 
-def test_columns_are_renamed_and_unusable_records_are_counted(tmp_path, monkeypatch):
+def test_a_file_of_ones_own_is_prepared_by_its_path_with_renamed_columns(tmp_path):
     sums = [dict(ask=f"{i} + {i}?", reply=f"{2 * i}") for i in range(150)]
     records = [dict(ask="Why?", reply=""), dict(text="no format"), *sums]
-    (tmp_path / "gsm8k.jsonl").write_text("\n".join(map(json.dumps, records)))
-    monkeypatch.setenv("UAT_REPRO_DATA_DIR", str(tmp_path))
-    process = start("prepare", dataset="gsm8k", out=str(tmp_path / "out"), columns=dict(prompt="ask", completion="reply"),
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, records)))
+    process = start("prepare", dataset=str(tmp_path / "sums.jsonl"), out=str(tmp_path / "out"), columns=dict(prompt="ask", completion="reply"),
                     counts=dict(train=4, validation=2, test=2))
     assert process.wait() == 0
-    made = json.loads((tmp_path / "out/result.json").read_text())
+    text = (tmp_path / "out/result.json").read_text()
+    made = json.loads(text)
     assert made["left_out"]["train"] == dict(unusable=2, seen=34)
+    assert made["identity"]["dataset"] == "sums" and [*made["manifest"]["data"]] == ["sums"] and str(tmp_path) not in text
 
 
 def test_learnability_where_all_layers_train(tmp_path):
