@@ -140,9 +140,10 @@ def test_finished_runs_go_on_elsewhere_unless_they_were_made_from_something_else
     (dict(figures=dict(fig4=dict(panel=2))), "section 'fig4' sets 'panel', .* did you mean 'panels'?"),
     (dict(train=dict(objective="mle")), "section 'train' sets 'objective', which each run has of its own: name the runs that are meant by objectives"),
     (dict(uncertainty=dict(prepared="x")), "section 'uncertainty' sets 'prepared', which each run has of its own: leave it out"),
-    (dict(models={"tiny-llama": dict(datasets=["sharegpt"]), "tiny": dict(datasets=["llama-sharegpt"])}, datasets={"sharegpt": {}, "llama-sharegpt": {}}),
+    (dict(models={"tiny-llama": dict(spec="tiny-llama", datasets=["sharegpt"]), "tiny": dict(spec="tiny-llama", datasets=["llama-sharegpt"])}, datasets={"sharegpt": {}, "llama-sharegpt": {}}),
      "two runs of profile small would share prepare/tiny-llama-sharegpt"),
     (dict(models={"a+b": dict(spec="tiny-llama", layer=1)}), "'a.b' under 'models' of profile small names folders"),
+    (dict(datasets={"sharegpt": {}, "sharegtp": {}}), "data set 'sharegtp' is not known and has no files in --data-dir: did you mean 'sharegpt'?"),
     (dict(datasets=dict(sharegpt=None)), "'sharegpt' under 'datasets' of profile small is None: make it names with values"),
 ])
 def test_wrong_parameters_are_refused(nbs, profile, tmp_path, changes, message):
