@@ -109,6 +109,7 @@ def _open_results(workdir: Path, data_dir: Path | None) -> dict:
     "The profile of a folder of results. Raises where it is a reference, or somebody else's, or was made of other data."
     from uat_repro._verify import is_reference
     from uat_repro.results import read_json
+    from uat_repro.workflow import DEFAULTS
     if is_reference(workdir):
         raise ValueError(f"{workdir} is a reference, which keeps tables of runs and not the runs: "
                          f"`uat-repro claims {workdir}` judges them")
@@ -118,7 +119,7 @@ def _open_results(workdir: Path, data_dir: Path | None) -> dict:
         raise FileNotFoundError(f"{workdir} holds no results of ours: give the folder of `uat-repro reproduce`")
     if (own := profile.get("from_data_dir")) and not data_dir:
         raise ValueError(f"{workdir} was made from your files of {', '.join(own)}: name their folder by --data-dir")
-    return profile
+    return DEFAULTS | profile
 
 def _claims_text(workdir: Path, as_json: bool) -> str:
     "The claims of a folder, judged anew where it has tables."
