@@ -223,6 +223,16 @@ def test_goes_on_after_a_kill(nbs, profile, tmp_path, capfd):
     assert "train" in said and "prepare" not in said, "finished runs are kept, and others are made again"
 
 
+def test_a_kernel_that_dies_at_its_start_is_started_once_more(nbs, profile, tmp_path, monkeypatch, capfd):
+    spec, died = tmp_path / "jupyter/kernels/python3", tmp_path / "died"
+    spec.mkdir(parents=True)
+    once = "import pathlib, runpy, sys; died = pathlib.Path(sys.argv.pop(1)); died.exists() or sys.exit(died.write_text('')); runpy.run_module('ipykernel_launcher', run_name='__main__')"
+    write_json(spec / "kernel.json", dict(argv=[sys.executable, "-c", once, str(died), "-f", "{connection_file}"], display_name="python3", language="python"))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    assert reproduce(profile(), only="fig2b", workdir=tmp_path / "results", notebooks=nbs, cores=1) == 0, capfd.readouterr().err
+    assert died.exists()
+
+
 def test_a_run_keeps_its_parts_for_the_next_start_of_the_same_run_only(nbs, profile, tmp_path, capfd):
     "The first start of a run fails after its first part."
     edit(nbs / "experiments" / "train.ipynb", "from pathlib import Path", "from pathlib import Path\\npart = Path(out, 'parts', 'seed-0')\\n"
