@@ -20,11 +20,11 @@ def by_dataset(reference: Path) -> str:
     "The contrasts as a markdown table."
     records = pd.read_parquet(reference / "records.parquet").query("role != 'validation'")
     found = {}  # setting, data set and objective -> effects over both
+    pairs = [(objective, over) for objective in OBJECTIVES for over in ("initial", "mle") if objective != over]
     for (dataset, _), of in records.groupby(["dataset", "role"]):
-        for objective in OBJECTIVES:
-            for over in ("initial", "mle"):
-                for setting, effect in gains(of, objective, over).items():
-                    if over != objective: found.setdefault((*setting[:-1], dataset, objective), {})[over] = effect
+        for objective, over in pairs:
+            for setting, effect in gains(of, objective, over).items():
+                found.setdefault((*setting[:-1], dataset, objective), {})[over] = effect
     return markdown_table(HEAD, ([*map(label, key), pair["initial"], pair.get("mle", "")]
                                  for key, pair in sorted(found.items())))
 

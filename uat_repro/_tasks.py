@@ -146,7 +146,7 @@ def inflation_note(tokens: pd.DataFrame, most: float = 0.02) -> str:
 def cut_note(lengths: Iterable[int], max_length: int) -> str:
     "How many records have all the tokens that they may have; empty if none has."
     count = sum(length == max_length for length in lengths)
-    told = f"of all {max_length} tokens: what follows is cut (raise --max-length)"
+    told = f"with all {max_length} tokens: what follows is cut (raise --max-length)"
     return f"{counted(count, 'record')} {told}" if count else ""
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-44

@@ -18,6 +18,16 @@ import typer
 
 from ._arguments import DataDir, Json, Profile, Reading, Split, Template, Training, nearest, option, takes
 
+# %% ../nbs/api/18_cli.ipynb #18-cli-07a
+def _visible(text: str) -> str:
+    "Text from data and files, as a terminal may show it."
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+def _make_visible(record: logging.LogRecord) -> bool:
+    "A filter of warnings."
+    record.msg, record.args = _visible(record.getMessage()), ()
+    return True
+
 # %% ../nbs/api/18_cli.ipynb #18-cli-08
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -33,15 +43,6 @@ def _common(
     version: option(bool, "--version", callback=_show_version, is_eager=True, help="Show the version.") = False,
 ):
     "Token-level uncertainty-aware post-training: the figures, and the tools behind them."
-
-def _visible(text: str) -> str:
-    "Text from data and files, as a terminal may show it."
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
-
-def _make_visible(record: logging.LogRecord) -> bool:
-    "A filter of warnings."
-    record.msg, record.args = _visible(record.getMessage()), ()
-    return True
 
 def main(
     args: list[str] | None = None,  # arguments; those of the process if None
@@ -266,11 +267,11 @@ def score(
     from uat_repro.uncertainty import SCORES, MCDropout
     if by not in SCORES: raise ValueError(f"there is no score {by!r}: {nearest(by, SCORES)}")
     posterior, (network, tokenizer) = MCDropout(p, samples, tuple(sites)), tasks.load(asked.model, asked.chat_template)
-    chats = tasks.read_records(asked, split, records + 1)  # one more tells whether there are more
+    chats = tasks.read_records(asked, split, records)
     out.mkdir(parents=True, exist_ok=True)  # rather told now than after hours
-    tokens = tasks.scored(chats[:records], network, tokenizer, asked.max_length, posterior)
+    tokens = tasks.scored(chats, network, tokenizer, asked.max_length, posterior)
     tasks.write_scores(out, tokens, by, show, f"{tasks.name_of(asked.dataset)}, scored by {Path(asked.model).name}")
-    scored = tasks.counted(tokens["record"].nunique(), "record") + " (more by --records)" * (len(chats) > records)
+    scored = tasks.counted(tokens["record"].nunique(), "record") + " (perhaps more by --records)" * (len(chats) == records)
     print(f"{len(tokens)} tokens of {scored}: {out / 'tokens.parquet'}, {out / 'tokens.html'}")
     print(*tasks.summary(tokens, by, asked.max_length), sep="\n")
 

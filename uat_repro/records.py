@@ -344,7 +344,7 @@ def load_records(
     if complaints: _log.warning("%s: left out %d unusable records: %s", name, len(complaints), ends)
     if records: return records
     if split == "all": raise NoRecords(f"data set {name!r} has no usable record: add some")
-    others = ", ".join({*SPLITS, "all"} - {split})
+    others = ", ".join(other for other in (*SPLITS, "all") if other != split)
     nothing = NoRecords(f"data set {name!r}: split {split!r} is empty{_own(parts)}: add records, or ask for {others}")
     nothing.all_held_out = not {"", "train"} & parts.keys()
     raise nothing

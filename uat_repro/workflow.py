@@ -52,7 +52,7 @@ def _sections(name: str, heirs: tuple[Path, ...] = ()) -> dict:
     both = lambda k, v: isinstance(v, dict) and isinstance(base.get(k), dict)
     return {**base, **{k: {**base[k], **v} if both(k, v) else v for k, v in own.items()}}
 
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-14
+# %% ../nbs/api/17_workflow.ipynb #17-workflow-13b
 def _named(part) -> Iterator[tuple[str, str]]:
     "All values of the grid that a part of a profile names, with their section."
     for k, v in part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ():
@@ -60,6 +60,7 @@ def _named(part) -> Iterator[tuple[str, str]]:
         elif isinstance(v, list): yield from ((k, value) for value in v)
         else: raise ValueError(f"{k!r} of a profile is {v!r}: make it a list")
 
+# %% ../nbs/api/17_workflow.ipynb #17-workflow-14
 def _check_profile(profile: dict, name: str) -> None:
     "Known sections of the right type, all that must be there, known values of the grid."
     for k, v in profile.items():
