@@ -101,6 +101,14 @@ def test_a_model_that_is_not_known_here_is_said_to_be(tmp_path):
     with pytest.raises(ValueError, match="did you mean 'smoke'"): plan_text("smok")
 
 
+def test_what_the_plan_counts_must_be_in_the_profile(tmp_path):
+    path = tmp_path/"mine.yaml"
+    path.write_text(json.dumps(dict(
+        models={"tiny-llama": dict(spec="tiny-llama")}, datasets={"gsm_symbolic": {}}, seeds=[0], objectives={"mle": {}},
+        prepare={}, train=dict(documents=4, epochs=1), regimes={"one_pass": {}})))
+    with pytest.raises(ValueError, match="prepare of mine lacks 'counts'"): plan_text(str(path))
+
+
 def test_the_profile_tells_the_memory_that_the_plan_computes():
     paper = load_profile("paper")
     first, second, third = (f"{peak_bytes(paper, model, True) / 1e9:.0f}" for model in paper["models"])

@@ -7,7 +7,7 @@ Docs: https://uat-repro.github.io/uat-repro/api/plan.html.md"""
 # %% auto #0
 __all__ = ['PEAK', 'SHARE', 'STEP', 'LENGTH', 'PROMPT', 'ANSWERS', 'CHOICES', 'RECORDS', 'PARTS', 'SIZES', 'Sizes', 'sizes_of',
            'training_bytes', 'peak_bytes', 'sizes_in', 'training_tokens', 'scored_tokens', 'benchmark_seconds', 'Work',
-           'work_of', 'cache_bytes', 'plan_text', 'plan_numbers']
+           'work_of', 'cache_bytes', 'plan_numbers', 'plan_text']
 
 # %% ../nbs/api/17c_plan.ipynb #17c-plan-03
 from collections.abc import Iterator
@@ -236,9 +236,10 @@ class Work(NamedTuple):
 
     def __add__(self, other): return Work(*map(sum, zip(self, other)))
 
-def _work(profile: dict, run: dict[str, str], experiment: str, sizes: Sizes) -> Work:
+def _work(profile: dict, experiment: str, run: dict[str, str]) -> Work:
     "What one run of `train`, `uncertainty` or `untrained` takes."
-    speed = PEAK * SHARE
+    length = _length(profile, run["model"], run["dataset"]) if "dataset" in run else LENGTH
+    sizes, speed = sizes_in(profile, run["model"], length), PEAK * SHARE
     if experiment == "untrained":
         return Work(0, 0, 0, 0, benchmark_seconds(sizes, **parameters(profile, "untrained", **run)["benchmarks"]), 0)
     if experiment == "uncertainty":
@@ -257,12 +258,8 @@ def work_of(
 ) -> Work | None:  # None where its configuration is not known here
     "What training, benchmarks and uncertainty of a model take."
     if sizes_in(profile, model, LENGTH) is None: return None
-    total = Work(0, 0, 0, 0, 0, 0)
-    for experiment in ("uncertainty", "train", "untrained"):
-        for run in (r for r in runs_of(profile, experiment) if r["model"] == model):
-            length = _length(profile, model, run["dataset"]) if "dataset" in run else LENGTH
-            total += _work(profile, run, experiment, sizes_in(profile, model, length))
-    return total
+    runs = ((e, r) for e in ("uncertainty", "train", "untrained") for r in runs_of(profile, e) if r["model"] == model)
+    return sum((_work(profile, *run) for run in runs), Work(0, 0, 0, 0, 0, 0))
 
 # %% ../nbs/api/17c_plan.ipynb #17c-plan-36
 def cache_bytes(
@@ -270,81 +267,85 @@ def cache_bytes(
     model: str,  # name of a model in it
 ) -> int:  # bytes, float32
     "The size of the hidden states that `prepare` keeps, at most; 0 where the model's configuration is not known."
-    layer, total = profile["models"][model].get("layer", 0), 0
+    total, size = 0, 8 if profile["models"][model].get("layer", 0) else 4  # a state below the layers that train as well
     for run in (r for r in runs_of(profile, "prepare") if r["model"] == model):
         length, counts = _length(profile, model, run["dataset"]), _counts(profile, model, run["dataset"])
-        sizes = sizes_in(profile, model, length)
-        if sizes: total += sum(counts.values()) * length * sizes.hidden * 4 * (2 if layer else 1)
+        if sizes := sizes_in(profile, model, length): total += sum(counts.values()) * length * sizes.hidden * size
     return total
 
 # %% ../nbs/api/17c_plan.ipynb #17c-plan-39
-def _grid(profile: dict) -> dict[str, tuple[int, float]]:
-    "Experiment -> its runs, and the seconds that the profile expects of all."
-    runs = {e: len(runs_of(profile, e)) for e in catalogue()["experiments"] if e in profile}
-    found = {e: (n, n * profile[e].get("seconds", 0)) for e, n in runs.items() if n}
-    n = len(figures(profile))
-    return found | dict(figures=(n, n * profile["figures"].get("seconds", 0)))
+_NEEDED = dict(prepare=["counts"], train=["documents", "epochs", "batch_size"], untrained=["benchmarks"],
+               uncertainty=["samples", "candidates", "validation_records", "records"])  # what the counts are made from
 
-def _aligned(rows: list[tuple]) -> Iterator[str]:
-    "Rows of text as lines: the first column to the left, the others to the right."
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for first, *rest in rows:
-        yield "  ".join([first.ljust(widths[0]), *(x.rjust(w) for x, w in zip(rest, widths[1:]))])
+def _profile(name: str, data_dir: str | Path | None) -> dict:
+    "A profile that says all that is counted. Raises where it leaves something to the defaults of a notebook."
+    profile = load_profile(name, data_dir)
+    for e, run in ((e, run) for e in _NEEDED for run in runs_of(profile, e)):
+        if lacking := {*_NEEDED[e]} - {*parameters(profile, e, **run)}:
+            raise ValueError(f"{e} of {profile['profile']} lacks {min(lacking)!r}, which a plan counts: set it")
+    return profile
+
+def _grid(profile: dict) -> dict[str, dict]:
+    "Experiment -> its runs, and the seconds that the profile expects of all."
+    runs = {e: n for e in catalogue()["experiments"] if e in profile and (n := len(runs_of(profile, e)))}
+    runs |= dict(figures=len(figures(profile)))
+    return {e: dict(runs=n, seconds=n * profile[e].get("seconds", 0)) for e, n in runs.items()}
 
 # %% ../nbs/api/17c_plan.ipynb #17c-plan-40
-def _models(profile: dict, bf16: bool) -> Iterator[tuple]:
-    "Rows of the table of models."
-    yield "model", "parameters", "trained", "judged", "operations", "peak of a GPU", "hidden states"
-    for model in profile["models"]:
-        if (work := work_of(profile, model)) is None:
-            yield model, "unknown: connect to the hub", *[""] * 5
-            continue
-        sizes = sizes_in(profile, model, LENGTH)
-        yield (model, f"{sizes.parameters / 1e6:,.2f} M", f"{work.trained / 1e6:,.2f} M", f"{work.judged / 1e6:,.2f} M",
-               f"{work.flops:.1e}", f"{peak_bytes(profile, model, bf16) / 1e9:,.2f} GB",
-               f"{cache_bytes(profile, model) / 1e9:,.2f} GB")
-
-def _hours(profile: dict, grid: dict) -> str:
-    "What the GPU hours of a profile are made of, whose runs ask for a GPU."
-    works = [w for w in map(lambda m: work_of(profile, m), profile["models"]) if w]
-    counted = {k: sum(getattr(w, k) for w in works) for k in ("training", "benchmarks", "uncertainty")}
-    others = sum(s for e, (_, s) in grid.items() if e not in ("train", "uncertainty", "untrained", "figures"))
-    rest = sum(s for e, (_, s) in grid.items() if e != "figures") - others - sum(counted.values())
-    kinds = counted | {"other experiments": others, "allowed for the rest": max(0.0, rest)}
-    return f"{sum(kinds.values()) / 3600:,.0f}: " + ", ".join(f"{k} {s / 3600:,.1f}" for k, s in kinds.items())
-
-# %% ../nbs/api/17c_plan.ipynb #17c-plan-41
-def plan_text(
-    profile: str = "cpu",  # a profile of this package, or the path of a `.yaml` file
-    data_dir: str | Path | None = None,  # folder of the user's own data
-) -> str:  # a page of text
-    "What a profile runs, and what it takes."
-    conf = load_profile(profile, data_dir)
-    grid, gpu = _grid(conf), on_gpu(conf)
-    total = sum(n for n, _ in grid.values()), sum(s for _, s in grid.values())
-    runs = [("runs", "", "expected"), *((e, str(n), about(s)) for e, (n, s) in [*grid.items(), ("together", total)])]
-    lines = [f"profile {conf['profile']}", "", *_aligned(runs), "", *_aligned([*_models(conf, gpu)]), "",
-             f"disk: {conf['disk_gb']:,.1f} GB, as the profile says, with the hidden states",
-             "expected: seconds of the profile, run after run; trained, judged: tokens of train and uncertainty alone, "
-             "each record at its largest length"]
-    if gpu: lines += [
-        f"GPU hours: {_hours(conf, grid)}",
-        f"  counted: the first three, on an H100 at {SHARE:.0%} of {PEAK / 1e12:.0f} TFLOP/s in bfloat16, which small models",
-        f"  do not reach, with {STEP:g} s a step of generation and responses of the longest length",
-        "  expected by the profile: other experiments; and the rest, for loading, small batches, evaluation in tables"]
-    return "\n".join([*lines, "not counted in the peak: the CUDA context, fragments of memory"])
-
-# %% ../nbs/api/17c_plan.ipynb #17c-plan-45
 def plan_numbers(
     profile: str = "cpu",  # a profile of this package, or the path of a `.yaml` file
     data_dir: str | Path | None = None,  # folder of the user's own data
 ) -> dict:  # ready for JSON: runs, seconds, tokens, operations and bytes
     "What a profile runs, and what it takes, as numbers; a model is None where its configuration is not known here."
-    conf = load_profile(profile, data_dir)
+    conf = _profile(profile, data_dir)
     def taken(model):
         if (work := work_of(conf, model)) is None: return None
         return dict(work._asdict(), parameters=sizes_in(conf, model, LENGTH).parameters,
                     peak_bytes=peak_bytes(conf, model, on_gpu(conf)), cache_bytes=cache_bytes(conf, model))
-    runs = {e: dict(runs=n, seconds=seconds) for e, (n, seconds) in _grid(conf).items()}
-    models = {model: taken(model) for model in conf["models"]}
-    return dict(profile=conf["profile"], disk_gb=conf["disk_gb"], runs=runs, models=models)
+    return dict(profile=conf["profile"], gpu=on_gpu(conf), disk_gb=conf["disk_gb"], runs=_grid(conf),
+                models={model: taken(model) for model in conf["models"]})
+
+# %% ../nbs/api/17c_plan.ipynb #17c-plan-43
+def _aligned(*rows: tuple) -> Iterator[str]:
+    "Rows of text as lines: the first column to the left, the others to the right."
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for first, *rest in rows:
+        yield "  ".join([first.ljust(widths[0]), *(x.rjust(w) for x, w in zip(rest, widths[1:]))])
+
+def _models(numbers: dict) -> Iterator[tuple]:
+    "Rows of the table of models."
+    yield "model", "parameters", "trained", "judged", "operations", "peak of a GPU", "hidden states"
+    for model, n in numbers["models"].items():
+        if n is None: yield model, "unknown: connect to the hub", *[""] * 5
+        else: yield (model, *(f"{n[k] / 1e6:,.2f} M" for k in ("parameters", "trained", "judged")), f"{n['flops']:.1e}",
+                     *(f"{n[k] / 1e9:,.2f} GB" for k in ("peak_bytes", "cache_bytes")))
+
+def _hours(numbers: dict) -> str:
+    "What the GPU hours of a profile are made of, whose runs ask for a GPU."
+    seconds = {e: taken["seconds"] for e, taken in numbers["runs"].items() if e != "figures"}
+    counted = {k: sum(n[k] for n in numbers["models"].values() if n) for k in ("training", "benchmarks", "uncertainty")}
+    others = sum(s for e, s in seconds.items() if e not in ("train", "uncertainty", "untrained"))
+    rest = sum(seconds.values()) - others - sum(counted.values())
+    kinds = counted | {"other experiments": others, "allowed for the rest": max(0.0, rest)}
+    return f"{sum(kinds.values()) / 3600:,.0f}: " + ", ".join(f"{k} {s / 3600:,.1f}" for k, s in kinds.items())
+
+# %% ../nbs/api/17c_plan.ipynb #17c-plan-44
+def plan_text(
+    profile: str = "cpu",  # a profile of this package, or the path of a `.yaml` file
+    data_dir: str | Path | None = None,  # folder of the user's own data
+) -> str:  # a page
+    "What a profile runs, and what it takes."
+    numbers = plan_numbers(profile, data_dir)
+    runs = [(e, str(taken["runs"]), about(taken["seconds"])) for e, taken in numbers["runs"].items()]
+    n, seconds = (sum(taken[k] for taken in numbers["runs"].values()) for k in ("runs", "seconds"))
+    table = [("runs", "", "expected"), *runs, ("together", str(n), about(seconds))]
+    lines = [f"profile {numbers['profile']}", "", *_aligned(*table), "", *_aligned(*_models(numbers)), "",
+             f"disk: {numbers['disk_gb']:,.1f} GB, as the profile says, with the hidden states",
+             "expected: seconds of the profile, run after run; trained, judged: tokens of train and uncertainty alone, "
+             "each record at its largest length"]
+    if numbers["gpu"]: lines += [
+        f"GPU hours: {_hours(numbers)}",
+        f"  counted: the first three, on an H100 at {SHARE:.0%} of {PEAK / 1e12:.0f} TFLOP/s in bfloat16, which small models",
+        f"  do not reach, with {STEP:g} s a step of generation and responses of the longest length",
+        "  expected by the profile: other experiments; and the rest, for loading, small batches, evaluation in tables"]
+    return "\n".join([*lines, "not counted in the peak: the CUDA context, fragments of memory"])

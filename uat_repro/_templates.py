@@ -17,6 +17,8 @@ from operator import itemgetter
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
+from jinja2 import TemplateSyntaxError
+
 _log = logging.getLogger(__name__)
 
 # %% ../nbs/api/01a_templates.ipynb #01a-templates-07
@@ -56,6 +58,8 @@ def render_chat(messages: list[dict], tokenizer, **kwargs) -> str:
     require_template(tokenizer)
     more = dict(tools=messages[0].get("tools"), **with_fixed_date(tokenizer), **kwargs)
     try: return tokenizer.apply_chat_template(messages, tokenize=False, **more)
+    except TemplateSyntaxError as e:
+        raise ValueError(f"the chat template is no Jinja: {e.message}, in its line {e.lineno}") from None
     except Exception as e:
         reason = f"refused by the chat template ({' '.join(str(e).split())})"
         raise Unusable(f"it is {reason}: reshape or remove the record", reason) from None

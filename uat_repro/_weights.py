@@ -280,6 +280,7 @@ def _why(error: Exception, name: str, revision: str) -> str:
     if isinstance(found, (str, Path)) and (damage := _damaged(Path(found).parent)):
         return f"{damage}: delete it, then download or copy it again"
     if name.startswith((".", "/", "~")) and not Path(name).exists(): text = "there is no such folder or file"
+    elif Path(name).is_dir() and not (Path(name)/"config.json").exists(): text = "the folder holds no config.json"
     if near := get_close_matches(name, [*PACKAGED_WEIGHTS, *TINY], 1): text = f"did you mean {near[0]!r}? {text[:300]}"
     if (adapter := Path(name)/"adapter_config.json").is_file():
         base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
