@@ -287,9 +287,8 @@ def _profile(name: str, data_dir: str | Path | None) -> dict:
 
 def _grid(profile: dict) -> dict[str, dict]:
     "Experiment -> its runs, and the seconds that the profile expects of all."
-    runs = {e: n for e in catalogue()["experiments"] if e in profile and (n := len(runs_of(profile, e)))}
-    runs |= dict(figures=len(figures(profile)))
-    return {e: dict(runs=n, seconds=n * profile[e].get("seconds", 0)) for e, n in runs.items()}
+    runs = {e: len(runs_of(profile, e)) for e in catalogue()["experiments"]} | dict(figures=len(figures(profile)))
+    return {e: dict(runs=n, seconds=n * profile[e].get("seconds", 0)) for e, n in runs.items() if n}
 
 # %% ../nbs/api/17c_plan.ipynb #17c-plan-40
 def plan_numbers(
