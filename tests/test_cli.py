@@ -228,13 +228,16 @@ def test_a_shell_completes_commands_and_options():
         assert found in p.stdout.split(), p.stderr
 
 
-def test_a_model_goes_to_the_hub_with_a_card_that_names_no_place_of_this_machine(tmp_path, monkeypatch):
+@pytest.mark.parametrize("here", ["", "{tmp_path}/"])
+def test_a_model_goes_to_the_hub_with_a_card_that_names_no_place_of_this_machine(here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     sums(tmp_path / "sums.jsonl")
     calls = []
     for name in ("whoami", "create_repo", "upload_folder", "upload_file"):
         monkeypatch.setattr(_tasks.hub, name, lambda *args, name=name, **given: calls.append((name, args, given)))
-    for part in load_model("tiny-llama"): part.save_pretrained(tmp_path / "base")
-    asked = ["train", str(tmp_path / "sums.jsonl"), "--model", str(tmp_path / "base"), "--objective", "masked_mle", "--lora",
+    for part in load_model("tiny-llama"): part.save_pretrained(tmp_path / "mine/base")
+    base = here.format(tmp_path=tmp_path) + "mine/base"
+    asked = ["train", str(tmp_path / "sums.jsonl"), "--model", base, "--objective", "masked_mle", "--lora",
              "--out", str(tmp_path / "out"), "--push-to-hub", "someone/sums"]
     assert cli.main(asked) == 0
     assert [name for name, *_ in calls] == ["whoami", "create_repo", "upload_folder", "upload_file", "upload_file"]

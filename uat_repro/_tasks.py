@@ -274,7 +274,7 @@ def keep_card(asked) -> None:
     hub.upload_folder(repo_id=asked.push_to_hub, folder_path=asked.out / "model", ignore_patterns=ours)
     if (file := asked.out / "model" / "adapter_config.json").exists():  # the base model may be a folder here
         base = Path((adapter := read_json(file))["base_model_name_or_path"] or "")
-        adapter |= dict(base_model_name_or_path=base.name) if base.is_absolute() else {}
+        adapter |= dict(base_model_name_or_path=base.name) if base.is_absolute() or base.is_dir() else {}
         hub.upload_file(repo_id=asked.push_to_hub, path_or_fileobj=json.dumps(adapter, indent=2).encode(),
                         path_in_repo=file.name)
     hub.upload_file(repo_id=asked.push_to_hub, path_or_fileobj=card, path_in_repo="README.md")
