@@ -198,7 +198,8 @@ def calibrated():
 @case
 def answers():
     problem = [dict(role="user", content="1 + 1?"), dict(role="assistant", content="#### 2")]
-    def use(model, batch): return exact_match(model, tokenizer, [dict(id="0", messages=problem)] * 3, max_new_tokens=4)
+    def said(found): return [*map(ord, "".join(found.response)), *found.cut.astype(int)]
+    def use(model, batch): return said(exact_match(model, tokenizer, [dict(id="0", messages=problem)] * 3, max_new_tokens=4))
     return both(use)
 
 @case

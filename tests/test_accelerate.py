@@ -1,5 +1,5 @@
 "The configurations for `accelerate launch` that the package ships."
-import json, os, shutil, socket, subprocess, sys
+import json, os, shutil, subprocess, sys
 from importlib.resources import files
 
 import pandas as pd, pytest, torch
@@ -40,10 +40,7 @@ def launch(name, folder, *more):
     rows = [dict(instruction=f"Count to {i}", input="", output=" ".join(map(str, range(i)))) for i in range(1, 41)]
     mine.write_text("\n".join(map(json.dumps, rows)))
     script.write_text(PRETEND)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    flags = ["--config_file", str(CONFIGS/f"{name}.yaml"), "--num_processes", "2", "--main_process_port", str(port)]
+    flags = ["--config_file", str(CONFIGS/f"{name}.yaml"), "--num_processes", "2", "--main_process_port", "0"]
     train = ["--debug", "train", str(mine), "--model", "tiny-llama", "--documents", "16", "--batch-size", "4", *more]
     program = ["-m", "uat_repro.cli"] if name == "ddp" else [str(script)]
     call = [sys.executable, "-m", "accelerate.commands.launch", *flags, *program, *train]

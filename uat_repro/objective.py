@@ -89,11 +89,11 @@ class Settings:
     granularity: str = "token"  # what competes: "token" or "document"
     scope: str = "batch"  # group in which tokens compete: "sequence", "batch" or "global"
     order: str = "top"  # "bottom" trains on the smallest
-    threshold: float | None = None  # replaces keep: metric at least this (or at most, with order "bottom")
     weight: str | Weight | Callable[[Scored], Tensor] | None = None  # of each token of M: of `WEIGHTS`, or a rule
     distill_weight: float = 0.0  # lambda; its value and the direction of the divergence are assumed
     distill_on: str = "rest"  # D: "rest" of the response, or "all" of it
     temperature: float = 1.0  # tau
+    threshold: float | None = None  # replaces keep: metric at least this (or at most, with order "bottom")
     posterior: MCDropout | Ensemble | None = None  # for the uncertainty metrics; `MCDropout()` if not given
 
     def __post_init__(self): _check(self)

@@ -157,8 +157,10 @@ def require_field(
 
 # %% ../nbs/api/01_tokens.ipynb #01-tokens-21a
 def _per_token(row: dict, name: str) -> bool:
-    "Whether a column has one value for each token."
-    return not isinstance(row[name], str) and hasattr(row[name], "__len__") and len(row[name]) == len(row["labels"])
+    "Whether a column has a number, or a state, for each token."
+    values = row[name]
+    if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != len(row["labels"]): return False
+    return torch.is_tensor(values) or not any(v is None or isinstance(v, (str, dict)) for v in values)
 
 def _weights_of(row: dict) -> Tensor:
     "The weights of a row (T,); a `ValueError` names the record where they are wrong."

@@ -281,6 +281,7 @@ class AtSteps(TrainerCallback):
         fn: Callable[[int, nn.Module], None],  # called with the step and the model
         every: int,  # optimiser steps between two calls
     ):
+        if every < 1: raise ValueError(f"every is {every}: give a number of steps, at least 1")
         self.fn, self.every = fn, every
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):

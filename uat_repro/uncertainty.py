@@ -189,6 +189,8 @@ class Ensemble:
     def __post_init__(self):
         if len(self.models) < 4:
             raise ValueError(f"{len(self.models)} models were given; an estimate and its reliability need at least 4")
+        if len(sizes := {len(head_of(member).weight) for member in self.models}) > 1:
+            raise ValueError(f"the models have vocabularies of {sorted(sizes)} tokens: take models of one tokenizer")
 
     @torch.no_grad()
     def __call__(self,
