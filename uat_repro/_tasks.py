@@ -6,9 +6,10 @@ Docs: https://uat-repro.github.io/uat-repro/api/tasks.html.md"""
 
 # %% auto #0
 __all__ = ['load', 'name_of', 'read_records', 'read_rows', 'mark_selected', 'scored', 'write_scores', 'least_sure', 'kind_of',
-           'counted', 'selected_kinds', 'repeated_note', 'inflation_note', 'cut_note', 'summary', 'asked_objective',
-           'train_model', 'train_and_held_out', 'load_reference', 'digest', 'tokens_hash', 'keep_start', 'keep_run',
-           'keep_config', 'keep_card', 'trainer_arguments', 'run_training']
+           'counted', 'selected_kinds', 'repeated_note', 'inflation', 'reliability', 'inflation_note',
+           'reliability_note', 'keep_scoring', 'cut_note', 'summary', 'asked_objective', 'train_model',
+           'train_and_held_out', 'load_reference', 'digest', 'tokens_hash', 'keep_start', 'keep_run', 'keep_config',
+           'keep_card', 'trainer_arguments', 'run_training']
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-03
 import ast, hashlib, json, math, re, sys, time
@@ -33,7 +34,7 @@ from .records import NoRecords, files_digest, load_records
 from .results import cost, manifest, read_json, write_frame, write_json, write_whole
 from .tokens import TEMPLATE_DATE, encode_all, use_template
 from .training import UncertaintyAwareTrainer
-from .uncertainty import score_tokens
+from .uncertainty import HALVES, score_tokens
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-06
 def load(model: str, chat_template: str = ""):
@@ -92,7 +93,7 @@ def write_scores(out: Path, tokens: pd.DataFrame, by: str, show: int, title: str
     "The table of scores, and a page of the first records."
     write_frame(out / "tokens.parquet", tokens)
     first = tokens["record"].isin(tokens["record"].unique()[:show])
-    write_whole(out / "tokens.html", token_page(tokens[first], title, by))
+    write_whole(out / "tokens.html", token_page(tokens[first].drop(columns=[*HALVES]), title, by))
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-23
 def least_sure(tokens: pd.DataFrame, by: str, count: int = 3) -> list[str]:
@@ -135,12 +136,29 @@ def repeated_note(tokens: pd.DataFrame, share: float = 0.25, words: int = 8) -> 
     return f"{len(same)} of the {len(high)} records of largest loss begin alike: {shown}" if shown else ""
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-32
+def inflation(tokens: pd.DataFrame) -> float: return tokens["mean_loss"].mean() / tokens["loss"].mean() - 1
+def reliability(tokens: pd.DataFrame) -> float: return tokens[HALVES[0]].corr(tokens[HALVES[1]], "spearman")
+
 def inflation_note(tokens: pd.DataFrame, most: float = 0.02) -> str:
     "By how much dropout changes the loss, and what follows from it."
-    change = tokens["mean_loss"].mean() / tokens["loss"].mean() - 1
+    change = inflation(tokens)
     verdict = "harmless, so the uncertainties are about this model"
     if change > most: verdict = "too much: they are about a worse model; lower --p or choose other --sites"
     return f"dropout changes the mean loss by {change:+.1%}: {verdict}"
+
+def reliability_note(tokens: pd.DataFrame, samples: int) -> str:
+    "How much of the epistemic uncertainty is more than noise."
+    return (f"reliability {reliability(tokens):.2f}: the rank correlation of epistemic uncertainty from either half of the "
+            f"{samples} samples; more --samples raise it")
+
+def keep_scoring(out: Path, asked, network, posterior, tokens: pd.DataFrame) -> None:
+    "What scores were made with, and how far they can be trusted."
+    model = Path(asked.model).name
+    made = manifest(posterior.seed, weights={model: weights_hash(network)}, template_date=TEMPLATE_DATE)
+    write_json(out / "score.json", dict(
+        dataset=name_of(asked.dataset), model=model, max_length=asked.max_length, records=tokens["record"].nunique(),
+        tokens=len(tokens), posterior=asdict(posterior), inflation=inflation(tokens), reliability=reliability(tokens),
+        manifest=made))
 
 # %% ../nbs/api/18b_tasks.ipynb #18b-tasks-33b
 def cut_note(lengths: Iterable[int], max_length: int) -> str:

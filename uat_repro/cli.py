@@ -253,7 +253,7 @@ def doctor(
 @takes(Reading)
 def score(
     asked: Reading,
-    out: option(Path, file_okay=False, help="Folder for tokens.parquet and tokens.html.") = Path("scores"),
+    out: option(Path, file_okay=False, help="Folder for tokens.parquet, tokens.html and score.json.") = Path("scores"),
     records: option(int, min=1, help="Records to score.") = 20,
     split: Split = "all",
     show: option(int, min=1, help="Records on the page, the first ones.") = 2000,
@@ -271,9 +271,10 @@ def score(
     out.mkdir(parents=True, exist_ok=True)  # rather told now than after hours
     tokens = tasks.scored(chats, network, tokenizer, asked.max_length, posterior)
     tasks.write_scores(out, tokens, by, show, f"{tasks.name_of(asked.dataset)}, scored by {Path(asked.model).name}")
+    tasks.keep_scoring(out, asked, network, posterior, tokens)
     scored = tasks.counted(tokens["record"].nunique(), "record") + " (perhaps more by --records)" * (len(chats) == records)
     print(f"{len(tokens)} tokens of {scored}: {out / 'tokens.parquet'}, {out / 'tokens.html'}")
-    print(*tasks.summary(tokens, by, asked.max_length), sep="\n")
+    print(*tasks.summary(tokens, by, asked.max_length), tasks.reliability_note(tokens, samples), sep="\n")
 
 # %% ../nbs/api/18_cli.ipynb #18-cli-65
 @app.command()
@@ -308,6 +309,8 @@ def evaluate(
     lines = [[task, metric, mean_effect(part, "value", seeds=None, unit="share"), len(part), left_out.get(task, 0)]
              for (task, metric), part in samples.groupby(["task", "metric"], sort=False)]
     text = markdown_table(["task", "metric", "score, with 95% interval", "records", "left out"], lines)
+    budget = f"{max_new_tokens} tokens" if max_new_tokens else "the length that their task sets"
+    text += f"\n\nResponses were cut at {budget}."
     write_whole(out / "scores.md", text + "\n")
     print(text)
 
