@@ -12,7 +12,7 @@ from uat_repro.effects import gains
 from uat_repro.plots import label
 from uat_repro.results import markdown_table, write_whole
 
-OBJECTIVES = ("mle", "masked_mle", "random_masked_mle", "document_masked_mle", "combined", "mle_kl")
+OBJECTIVES = ("mle", "masked_mle", "random_masked_mle", "document_masked_mle", "combined", "mle_kl", "mle_slow")
 HEAD = ("model", "trained on", "regime", "checkpoint", "judged on", "objective", "over the initial model", "over MLE")
 
 

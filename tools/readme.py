@@ -29,6 +29,7 @@ ROWS = {  # claim or control, and which of its measures
     ("C1", 0): "epistemic uncertainty follows the loss",
     ("C1", 1): "more than aleatoric uncertainty does",
     ("C2", 0): "aleatoric uncertainty follows the entropy (by construction)",
+    ("C2", 1): "more than epistemic uncertainty does",
     ("C3", 0): "held out, masked MLE beats MLE",
     ("C3a", 0): "a random quarter beats MLE",
     ("C3b", 0): "masked MLE beats a random quarter",
@@ -43,6 +44,8 @@ ROWS = {  # claim or control, and which of its measures
     ("C8", 1): "OOD, combined beats MLE",
     ("C8a", 0): "held out, combined beats MLE + KL",
     ("C8a", 1): "OOD, combined beats MLE + KL",
+    ("C8b", 0): "held out, combined beats MLE at a third of the rate",
+    ("C8b", 1): "OOD, combined beats MLE at a third of the rate",
     ("C9", 0): "epistemic uncertainty falls faster where aleatoric is low",
     ("C10", 0): "epistemic uncertainty (of an ensemble) predicts what training removes"}
 SIGNS = {"supported": "✓", "contradicted": "✗", "no effect": "=", "undecided": "?"}
