@@ -32,7 +32,7 @@ def test_a_verdict_counts_those_of_its_measures(settings, expected): assert judg
 
 def test_what_is_undecided_is_never_called_a_failure():
     text = claims_table([judged("C8", (OPEN, OPEN)), judged("C9")])
-    assert "reproduced" not in text and text.count("**undecided**") == 2 and text.count(NOT_MEASURED) == 1
+    assert "reproduced" not in text and text.count("**undecided (") == 2 and text.count(NOT_MEASURED) == 1
 
 
 def test_claims_come_back_as_they_were_written(tmp_path):

@@ -11,7 +11,7 @@ __all__ = ['PRIMARY', 'TESTS', 'TABLES', 'NOT_MEASURED', 'Measure', 'Claim', 'Pr
 
 # %% ../nbs/api/13_claims.ipynb #13-claims-03
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.resources import files
@@ -157,6 +157,11 @@ class Finding:
     effect: Effect  # the effect that was found, with its simultaneous interval and corrected p value
     verdict: str  # one of `effects.VERDICTS`
 
+    def __str__(self) -> str:
+        "The verdict; where it is undecided, with the smallest effect that would have been seen."
+        seen, undecided = detectable(self.effect), self.verdict.startswith("undecided")
+        return self.verdict + f" ({seen:.2g} would have been seen)" * (undecided and not isnan(seen))
+
 @dataclass(frozen=True)
 class Judged:
     "A claim with its findings."
@@ -205,7 +210,7 @@ def _claim_lines(j: Judged, label: Callable) -> list[list]:
     for m in j.claim.measures:
         said = f"{m.name} ({'>' if m.expected > 0 else '<'} {m.threshold:g} expected)"
         found = [f for f in j.findings if f.measure == m]
-        rows = [[_setting(f.setting, label), f"{f.effect} {f.effect.unit}", f"**{f.verdict}**"] for f in found]
+        rows = [[_setting(f.setting, label), f"{f.effect} {f.effect.unit}", f"**{f}**"] for f in found]
         for row in rows or [["-", "-", NOT_MEASURED]]:
             lines.append([*front, said, *row])
             front, said = ["", ""], ""
@@ -238,13 +243,11 @@ added where it lies inside the margin (0.02 nats per token, 2 points of accuracy
 interval, not corrected, lies inside the margin. Undecided: all else; the data could not tell. Detectable: the smallest
 true effect that such a design finds four times out of five at its level. Not judged: one seed or one cluster, or an error of zero.*"""
 
-# %% ../nbs/api/13_claims.ipynb #13-claims-47
 def claims_table(
-    judged: Iterable[Judged],  # claims and controls, from `judge` or `read_judged`
+    judged: Sequence[Judged],  # claims and controls, from `judge` or `read_judged`
     label: Callable[[str], str] = str,  # display text of a column's value
 ) -> str:  # markdown
     "The claims in two tables, in short and with all numbers, with the controls and the assumptions."
-    judged = list(judged)
     claims, controls = ([j for j in judged if j.claim.control == kind] for kind in (False, True))
     assumed = {a: [j.claim.id for j in judged if a in j.claim.assumed] for j in judged for a in j.claim.assumed}
     sections = {
@@ -266,26 +269,24 @@ def claims_text(
     for id, claim, measure, setting, effect, verdict in (line for j in judged for line in _claim_lines(j, label)):
         said += [("", ""), ("", f"{id} {claim}")] * bool(id) + [("    ", measure)] * bool(measure)
         said.append(("      ", f"{verdict}: {effect}; {setting}" if setting != "-" else verdict))
-    wrap = partial(fill, width=width, break_on_hyphens=False)
-    return "\n".join(wrap(text.replace("*", ""), initial_indent=indent, subsequent_indent=f"{indent}  ")
-                     for indent, text in [*said, ("", ""), ("", " ".join(_RULE.split()))])
+    return "\n".join(fill(text.replace("*", ""), width, initial_indent=indent, subsequent_indent=f"{indent}  ",
+                          break_on_hyphens=False) for indent, text in [*said, ("", ""), ("", " ".join(_RULE.split()))])
 
 # %% ../nbs/api/13_claims.ipynb #13-claims-50
 def claim_record(
     j: Judged,  # a claim or a control
 ) -> dict:  # for JSON
     "A judged claim as it stands in `claims.json`."
-    findings = [dict(measure=f.measure.name, setting=dict(f.setting), effect=asdict(f.effect), verdict=f.verdict)
-                for f in j.findings]
+    findings = [dict(measure=f.measure.name, setting=dict(f.setting), effect=asdict(f.effect), verdict=f.verdict,
+                     detectable=detectable(f.effect)) for f in j.findings]
     return dict(asdict(j.claim), verdict=j.verdict, findings=findings)
 
 def write_claims(
-    judged: Iterable[Judged],  # claims and controls
+    judged: Sequence[Judged],  # claims and controls
     folder: str | Path,  # where claims.md and claims.json go
     label: Callable[[str], str] = str,  # display text of a column's value, for claims.md
 ) -> Path:  # path of claims.json, which is written last
     "Write the claims for readers and for programs."
-    judged = list(judged)
     write_whole(Path(folder) / "claims.md", claims_table(judged, label))
     return write_json(Path(folder) / "claims.json", dict(claims=list(map(claim_record, judged))))
 
@@ -331,7 +332,6 @@ def _beside(here: Judged | None, there: Judged | None) -> list:
     said = [j.verdict if j else "absent" for j in (here, there)]
     return [*said, ", ".join(marks) or ("same" if shared else "no shared setting")]
 
-# %% ../nbs/api/13_claims.ipynb #13-claims-60
 def compare_claims(
     mine: str | Path | Mapping | Iterable[Judged],  # judged claims, or a claims.json
     reference: str | Path | Mapping | Iterable[Judged],  # judged claims, or a claims.json
