@@ -116,17 +116,18 @@ def _load(path, cache, converted):
 def test_a_killed_conversion_and_two_at_once(tmp_path):
     gguf = tmp_path/"small.gguf"
     gguf.write_bytes(b"any content")
-    start = multiprocessing.get_context("fork")
+    start = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     converted = start.Queue()
     process = lambda: start.Process(target=_load, args=(str(gguf), str(tmp_path/"cache"), converted))
     killed = process(); killed.start()
-    for _ in range(600):
-        if list(tmp_path.glob("cache/*/begun")): break
+    for _ in range(1200):
+        if begun := list(tmp_path.glob("cache/*/begun")): break
         time.sleep(.05)
+    assert begun
     os.kill(killed.pid, signal.SIGKILL); killed.join()
     both = [process(), process()]
     for p in both: p.start()
-    for p in both: p.join()
+    for p in both: p.join(120)
     assert [p.exitcode for p in both] == [0, 0]
     assert sum(converted.get(timeout=5) for _ in range(2)) == 2  # the killed one, and one of the two
     assert converted.empty()
