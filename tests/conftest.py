@@ -1,6 +1,7 @@
 """Nothing in the tests needs a network, and nothing of the user's surroundings changes them."""
 import os
 
+REAL_DATA = os.environ.pop("UAT_REPRO_DATA_DIR", "")  # a folder with the real data sets, for the tests that look at them
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", ACCELERATE_USE_CPU="true")
 
 from hypothesis import settings

@@ -1,8 +1,10 @@
 """Records in every format, and what the tests of records and tokens share. Fixtures are imported from here."""
-import importlib.util, os
+import importlib.util
 from pathlib import Path
 
 import pytest
+
+from conftest import REAL_DATA
 
 ALPACA = {"instruction": "Name the capital.", "input": "France", "output": "Paris."}
 GSM8K = {"question": "Ann has 3 figs and buys 4. How many has she?", "answer": "3 + 4 = <<3+4=7>>7\n#### 7"}
@@ -29,18 +31,15 @@ def fails(*parts, call, kind=ValueError):
 
 @pytest.fixture(scope="session", name="data_dir")
 def real_data():
-    "The folder of the real data sets, as it was named before any test ran."
-    folder = os.environ.get("UAT_REPRO_DATA_DIR")
-    if not folder: pytest.skip("set UAT_REPRO_DATA_DIR to a folder with the real data sets")
-    return Path(folder)
+    "The folder of the real data sets."
+    if not REAL_DATA: pytest.skip("set UAT_REPRO_DATA_DIR to a folder with the real data sets")
+    return Path(REAL_DATA)
 
 
 def _no_hub(*args, **kwargs): raise ConnectionError("no hub in tests")
 
 
 @pytest.fixture(autouse=True)
-def no_hub(request, monkeypatch):
-    "No test reaches for the hub. Files are looked for only in folders that a test names."
-    if "data_dir" in request.fixturenames: request.getfixturevalue("data_dir")  # before its variable goes
+def no_hub(monkeypatch):
+    "No test reaches for the hub."
     monkeypatch.setattr("datasets.load_dataset", _no_hub)
-    monkeypatch.delenv("UAT_REPRO_DATA_DIR", raising=False)

@@ -11,7 +11,7 @@ import pytest, torch
 ROOT = Path(__file__).resolve().parents[1]
 KILLS_OF_REPRODUCE, KILLS_OF_TRAINER = 20, 40
 CLI = [sys.executable, "-m", "uat_repro.cli"]
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "UAT_REPRO_DATA_DIR"} | dict(HF_HUB_OFFLINE="1")
+ENVIRONMENT = os.environ | dict(HF_HUB_OFFLINE="1")
 SMOKE = ["reproduce", "--profile", "smoke", "--only", "fig2b", "--workdir"]
 
 
@@ -74,7 +74,8 @@ def test_damage_is_found_and_mended(tmp_path, undisturbed):
 
 def test_two_at_once(tmp_path, undisturbed):
     both = [start(*CLI, *SMOKE, tmp_path / "results") for _ in range(2)]
-    assert [child.wait() for child in both] == [0, 0]
+    said = [child.communicate()[1] for child in both]
+    assert [child.returncode for child in both] == [0, 0], said
     assert contents(tmp_path / "results") == undisturbed
 
 

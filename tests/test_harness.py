@@ -1,8 +1,9 @@
 """lm-evaluation-harness on local records: the files of a data folder, what is left out, and what comes back."""
-import json, os
+import json
 from pathlib import Path
 
 import pytest, torch
+from conftest import REAL_DATA
 from transformers import PreTrainedModel
 
 from uat_repro import evaluation
@@ -75,7 +76,7 @@ def test_a_missing_package_is_named(monkeypatch):
 
 
 def test_sixty_four_prompts_of_the_real_ifeval_need_punkt(tmp_path, monkeypatch):
-    source = Path(os.environ.get("UAT_REPRO_DATA_DIR", "")) / "ifeval.jsonl"
+    source = Path(REAL_DATA) / "ifeval.jsonl"
     if not source.exists(): pytest.skip("needs ifeval.jsonl in UAT_REPRO_DATA_DIR")
     monkeypatch.setattr(evaluation, "_has_punkt", lambda: False)
     assert evaluation._usable("ifeval", source, tmp_path / "usable.jsonl") == 64

@@ -27,9 +27,8 @@ def stand_in(real: Path, files: list[str], path: Path) -> None:
 
 
 @pytest.fixture
-def nbs(tmp_path, monkeypatch):
-    "Stand-ins for all notebooks, without data of the user's own."
-    monkeypatch.delenv("UAT_REPRO_DATA_DIR", raising=False)
+def nbs(tmp_path):
+    "Stand-ins for all notebooks."
     for entry in EXPERIMENTS.values():
         files = [*(f"{table}.parquet" for table in entry.get("tables", ())), "result.json"]
         stand_in(ROOT / "nbs" / f"{entry['notebook']}.ipynb", files, tmp_path / "nbs" / f"{entry['notebook']}.ipynb")
@@ -461,7 +460,7 @@ def test_parameters_are_those_that_papermill_sees():
 def test_smoke_profile_draws_everything(tmp_path):
     "The real notebooks, under the real papermill and Snakemake, through the command line."
     work, smoke = tmp_path / "results-smoke", load_profile("smoke")
-    environment = {k: v for k, v in os.environ.items() if k != "UAT_REPRO_DATA_DIR"} | dict(HF_HUB_OFFLINE="1")
+    environment = os.environ | dict(HF_HUB_OFFLINE="1")
     command = [sys.executable, "-c", "import sys; from uat_repro.cli import main; sys.exit(main())"]
     asked = ["reproduce", "--profile", "smoke", "--workdir", str(work)]
     p = subprocess.run([*command, *asked], env=environment, capture_output=True, text=True)

@@ -23,6 +23,7 @@ COLUMNS = {  # reference, model, training data; regime, if not one pass
     "all layers, GSM8K": ("gpu", "smollm2-135m", "gsm8k"),
     "Gemma, all layers, GSM8K": ("gpu", "gemma-3-270m", "gsm8k"),
     "GSM8K, repeated": ("cpu-repeated", "smollm2-135m", "gsm8k", "repeated"),
+    "Alpaca, repeated": ("cpu-chat", "smollm2-135m", "alpaca", "repeated"),
     "ShareGPT, repeated": ("cpu-chat", "smollm2-135m", "sharegpt", "repeated"),
     "GSM-Symbolic, too long": ("cpu-repeated", "smollm2-135m", "gsm_symbolic", "too_long")}
 ROWS = {  # claim or control, and which of its measures

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.resources import files
-from math import isnan, nan
+from math import isfinite, isnan, nan
 from pathlib import Path
 from textwrap import fill
 from typing import NamedTuple
@@ -160,7 +160,7 @@ class Finding:
     def __str__(self) -> str:
         "The verdict; where it is undecided, with the smallest effect that would have been seen."
         seen, undecided = detectable(self.effect), self.verdict.startswith("undecided")
-        return self.verdict + f" ({seen:.2g} would have been seen)" * (undecided and not isnan(seen))
+        return self.verdict + f" ({seen:.2g} would have been seen)" * (undecided and isfinite(self.effect.low))
 
 @dataclass(frozen=True)
 class Judged:
