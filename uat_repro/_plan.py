@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ._gpu import on_gpu
 from ._weights import PACKAGED_WEIGHTS, TINY, model_folder
-from .evaluation import role_of
+from .evaluation import IFEVAL_TOKENS, role_of
 from .head import GPU_LOGITS
 from .models import decoder_of, split_layers
 from .objective import Objective
@@ -35,7 +35,7 @@ SHARE = .4  # of that peak, reached in training, scoring and reading prompts
 STEP = .03  # seconds for one more token of a batch of responses
 LENGTH = 512  # tokens of a record where the profile sets no `max_length`; the default of `prepare`
 PROMPT = 128  # tokens of a question of a benchmark, with one answer
-ANSWERS = {"gsm8k": 256, "ifeval": 1280}  # tokens that a task may generate
+ANSWERS = {"gsm8k": 256, "ifeval": IFEVAL_TOKENS}  # tokens that a task may generate
 CHOICES = {"arc_challenge": 4, "hellaswag": 4, "truthfulqa_mc2": 7}  # sequences read for a record; 1 in other tasks
 RECORDS = {"gsm8k": 1319, "ifeval": 541, "mmlu": 14042, "arc_challenge": 1172, "hellaswag": 10042,
            "truthfulqa_mc2": 817}  # of each task
