@@ -152,3 +152,27 @@ def test_states_arrive_on_a_gpu_as_they_are(tmp_path):
     found = HiddenCache.build(tiny_model(), ROWS, tmp_path)
     states = found.states_of(padded(ROWS, "cuda"))
     assert states.is_cuda and torch.equal(states.cpu(), found.states_of(padded(ROWS)))
+
+
+@pytest.mark.parametrize("row", [dict(seq_lengths=[2, 3]), dict(attention_mask=[0, 1, 1, 1, 1])])
+def test_rows_of_several_documents_or_with_padding_are_refused(row, tmp_path):
+    with pytest.raises(ValueError, match="build the cache from rows of one document each"):
+        HiddenCache.build(tiny_model(), [dict(input_ids=[5, 6, 7, 8, 9]) | row], tmp_path)
+
+
+def test_a_buffer_that_is_saved_with_the_weights_belongs_to_the_model():
+    model, plain = tiny_model(), cache.weights_hash(tiny_model())
+    model.register_buffer("idle", torch.zeros(3), persistent=False)
+    assert cache.weights_hash(model) == plain
+    model.register_buffer("bias_of_experts", torch.zeros(3))
+    before = cache.weights_hash(model)
+    model.bias_of_experts[1] = 1
+    assert plain != before != cache.weights_hash(model)
+
+
+def test_an_adapter_without_scaling_is_on_or_off():
+    from peft import IA3Config, get_peft_model
+    modules = dict(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    model = get_peft_model(tiny_model(), IA3Config(task_type="CAUSAL_LM", **modules))
+    adapted = cache.cache_identity(model, ROWS, -1)
+    with model.disable_adapter(): assert cache.cache_identity(model, ROWS, -1)["config"] != adapted["config"]

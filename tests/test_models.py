@@ -60,6 +60,27 @@ def test_unknown_transformation_is_refused_by_name(monkeypatch):
         head_of(model)
 
 
+def test_a_family_that_is_named_after_a_failure_is_tried(monkeypatch):
+    known = FAMILIES["recurrent_gemma"]
+    monkeypatch.setitem(FAMILIES, "recurrent_gemma", Family())
+    monkeypatch.setattr(models, "_FOUND", {})
+    model = small("recurrent_gemma", lru_width=32, block_types=["recurrent", "attention"], logits_soft_cap=3.)
+    with pytest.raises(ValueError, match="models.FAMILIES"): head_of(model)
+    monkeypatch.setitem(FAMILIES, "recurrent_gemma", known)
+    assert head_of(model).softcap == 3
+    monkeypatch.setitem(FAMILIES, "recurrent_gemma", Family())
+    with pytest.raises(ValueError, match="models.FAMILIES"): head_of(model)
+
+
+def test_weights_that_are_no_numbers_are_named_and_do_not_condemn_their_family(monkeypatch):
+    monkeypatch.setattr(models, "_FOUND", {})
+    model = tiny_model()
+    model.model.layers[0].mlp.down_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="states are not finite: its weights are damaged, or overflow in torch.float32"):
+        head_of(model)
+    assert head_of(tiny_model()).softcap is None
+
+
 @pytest.mark.parametrize("family", ["bert", "electra", "modernbert-decoder"])
 def test_an_output_layer_with_more_than_a_matrix_is_refused(family):
     with pytest.raises(ValueError, match=f"{family}: .* choose another family"): head_of(small(family, is_decoder=True))

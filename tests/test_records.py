@@ -38,8 +38,22 @@ def test_messages_are_a_format_too(sample):
     ({"messages": [{"role": "tool", "content": "4"}]}, "a result without call"), ({"messages": "[" * 10**5}, "its 'messages'"),
     ({"instruction": "Go", "output": "ok", "history": ["ab", "cd"]}, "its 'instruction' (or history)"),
     ({"instruction": "Go", "output": "ok", "history": [["a", "b", "c"]]}, "its 'instruction' (or history)"),
+    ({"prompt": "[{'role': 'user', 'content': 'Hi'}]", "completion": "[{'role': 'assistant', 'content': 'Hi'}]"}, "its 'prompt'"),
     ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "that is list, not text")])
 def test_unusable_records(record, complaint): fails(complaint, call=lambda: to_messages(record))
+
+
+@pytest.mark.parametrize("record", [
+    {"prompt": "", "completion": "4"}, {"messages": [{"role": "system", "content": "S"}, {"role": "assistant", "content": "4"}]}])
+def test_an_answer_to_nothing_lacks_its_question(record):
+    fails("has no question before its answer: write one, or give it as text", call=lambda: to_messages(record))
+
+
+def test_rows_of_the_datasets_library_and_arrays_in_fields_that_nobody_reads():
+    asked = [dict(role="user", content="2 + 2?"), dict(role="assistant", content="4")]
+    rows = Dataset.from_list([dict(prompt="2 + 2?", completion="4", scores=[.5, .7])])
+    assert rows.map(lambda row: dict(found=to_messages(row)))[0]["found"] == asked
+    for kind in "numpy", "torch": assert to_messages(rows.with_format(kind)[0]) == asked
 
 
 ASKED = [("user", "2 + 2?"), ("assistant", "4")]
@@ -57,6 +71,8 @@ ASKED = [("user", "2 + 2?"), ("assistant", "4")]
     ({"instruction": "2 + 2?", "input": float("nan"), "output": "4", "system": None, "history": None}, ASKED),
     ({"instruction": "2 + 2?", "output": "4", "history": CHAT["messages"][1:]}, [
         ("user", "Hi"), ("assistant", "Hé 👋"), *ASKED]),
+    ({"prompt": '[{"role": "user", "content": "2 + 2?"}]', "completion": '[{"role": "assistant", "content": "4"}]'}, ASKED),
+    ({"prompt": "2 + 2?", "completion": '[{"role": "x"}]'}, [("user", "2 + 2?"), ("assistant", '[{"role": "x"}]')]),
     ({"instruction": "2 + 2?", "output": "4", "history": '[["Hi", "Hello"]]'}, [
         ("user", "Hi"), ("assistant", "Hello"), *ASKED]),
     ({"messages": None, "conversations": [], "question": "2 + 2?", "answer": "4"}, ASKED),
@@ -338,6 +354,11 @@ def test_tables_as_people_have_them(tmp_path):
         read('question,answer\n2 + 2?,"4\n3 + 3?,6\n')
     Dataset.from_list([dict(question=f"{i}?", answer="so") for i in range(5000)]).to_parquet(tmp_path / "y.parquet")
     whole = (tmp_path / "y.parquet").read_bytes()
+    calls = [[dict(function=dict(name="add", arguments=dict(a=2)))], [dict(function=dict(name="say", arguments=dict(b="x")))]]
+    Dataset.from_list([dict(q=None, calls=call) for call in calls]).to_parquet(tmp_path / "z.parquet")  # which fills up with null
+    rows = [record for _, record in _read(tmp_path / "z.parquet", fail)]
+    assert [row["calls"] for row in rows] == calls and rows[0]["q"] is None
+    assert read('{"question": "2 + 2?", "answer": "4"}\n', "x.csv.jsonl") == [pair]
     fails("x.parquet is damaged", call=lambda: read(whole[:2000] + b"\xff" * 4 + whole[2004:], "x.parquet"))
 
 

@@ -101,6 +101,10 @@ def test_a_text_needs_no_template_and_begins_with_the_mark_of_the_tokenizer_once
         row = encode(dict(text=text), tokenizer)
         assert tokenizer.decode(row["input_ids"]) == "<|im_start|>A page.<|im_end|>"
         assert row["labels"][1:] == row["input_ids"][1:]
+    both = f"{mark[0]} $A {tokenizer.eos_token}", [mark, (tokenizer.eos_token, tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=both[0], special_tokens=both[1])
+    for text in "A page.", "A page.<|im_end|>":
+        assert tokenizer.decode(encode(dict(text=text), tokenizer)["input_ids"]) == "<|im_start|>A page.<|im_end|>"
     assert encode(dict(text="A page.", weight=.5), tokenizer)["loss_weights"] == [0] + [.5] * (len(row["labels"]) - 1)
 
 
@@ -246,6 +250,26 @@ def test_turns_that_are_not_to_be_learned(caplog):
     assert "1 without a label" in caplog.text
 
 
+def test_a_template_that_loses_reasoning_beside_tools_is_refused():
+    called = [dict(type="function", function=dict(name="add", arguments=dict(a=2)))]
+    turns = reasoned(thinking="two and two", tool_calls=called)["messages"]
+    record = dict(messages=[*turns, dict(role="tool", content="4"), dict(role="assistant", content="It is 4.")], tools=[dict(name="add")])
+    calls = CHATML.replace("{{ m['content'] }}", "{{ m['content'] }}{{ m['tool_calls'] | tojson if m['tool_calls'] }}")
+    write = "{{ tools | tojson if tools }}" + calls
+    fails("does not write its tools or calls as they are", call=lambda: encode(record, tiny(write + ASK, MARKS)))
+    thoughts = write.replace("{{ m['content'] }}", "{{ m['reasoning_content'] }}{{ m['content'] }}")
+    assert "two and two4" in answers(encode(record, t := tiny(thoughts + ASK, MARKS)), t)[0]
+
+
+def test_a_template_that_leaves_the_system_prompt_out_is_worth_one_warning(caplog):
+    deaf = tiny(CHATML.replace("messages", "messages if m['role'] != 'system'") + ASK, MARKS)
+    with caplog.at_level(logging.WARNING): encode_all([CHAT, dict(ALPACA, system="S"), ALPACA], deaf)
+    assert caplog.text.count("does not write what a turn by system says") == 1
+    caplog.clear()
+    with caplog.at_level(logging.WARNING): encode_all([CHAT, SHAREGPT], tiny(CHATML + ASK, MARKS))
+    assert "does not write" not in caplog.text
+
+
 def test_templates_that_lose_the_answer(caplog):
     dropped = tiny("{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}", MARKS)
     fails("does not write its answer", call=lambda: encode(ALPACA, dropped))
@@ -283,6 +307,13 @@ def test_many_turns_are_rendered_a_few_times(monkeypatch):
     assert len(runs(encode(long, tokenizer))) == 200 and len(calls) <= 3
     encode(long, tokenizer)
     assert len(calls) <= 4
+
+
+# ---- padding of one's own ------------------------------------------------------------------------
+
+def test_states_of_padded_rows_are_cut_like_their_tokens():
+    row = dict(input_ids=[0, 5, 6], labels=[-100, 5, 6], attention_mask=[0, 1, 1], inputs_embeds=torch.arange(6.).view(3, 2))
+    assert Collator(tiny_tokenizer())([row])["inputs_embeds"].tolist() == [[[2, 3], [4, 5]]]
 
 
 # ---- length --------------------------------------------------------------------------------------

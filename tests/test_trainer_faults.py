@@ -171,9 +171,10 @@ def test_a_loss_function_evaluates_with_the_plain_loss(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [dict(scope="sequence"), dict(granularity="document"),
-                                      dict(granularity="document", metric="random")], ids=str)
+                                      dict(granularity="document", metric="random"),
+                                      dict(keep=1, weight="adaptive_probability")], ids=str)
 def test_a_loss_function_cannot_tell_packed_documents_apart(settings):
-    with pytest.raises(ValueError, match="cannot tell packed documents apart: use UncertaintyAwareTrainer"):
+    with pytest.raises(ValueError, match="cannot tell packed (documents|ones) apart: use UncertaintyAwareTrainer"):
         as_compute_loss_func(Objective(**settings))
 
 
@@ -353,6 +354,21 @@ def test_a_compute_loss_func_takes_the_name_of_a_preset():
     out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     named, given = (as_compute_loss_func(o)(out, batch["labels"]) for o in ("masked_mle", Objective.preset("masked_mle")))
     assert named.item() == given.item()
+
+
+def test_a_compute_loss_func_tells_of_the_loss_of_experts_that_it_leaves_out():
+    batch, model = collate(rows()), tiny_model()
+    out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    out.aux_loss = torch.tensor(1.)
+    with pytest.warns(UserWarning, match="balances its experts"): as_compute_loss_func("mle")(out, batch["labels"])
+
+
+def test_a_compute_loss_func_leaves_a_learnt_prompt_out():
+    batch, model = collate(rows()), tiny_model()
+    out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    want = as_compute_loss_func("masked_mle")(out, batch["labels"])
+    out.logits = torch.cat([torch.randn(len(out.logits), 3, out.logits.shape[-1]), out.logits], 1)
+    assert as_compute_loss_func("masked_mle")(out, batch["labels"]).item() == want.item()
 
 
 def test_tokens_without_a_record_are_told():

@@ -37,6 +37,7 @@ def without_padding(inputs: dict) -> tuple[dict, Tensor] | None:
     "The same tokens as one row of documents, and the place of each in the batch; None where nothing is gained."
     if ("attention_mask" in inputs) == ("position_ids" in inputs): return None
     packed = inputs.get("position_ids")
+    if packed is None and inputs["attention_mask"].dim() != 2: return None
     mask = inputs["attention_mask"].bool() if packed is None else torch.ones_like(packed).bool()
     positions = mask.cumsum(1) - 1 if packed is None else packed
     if (mask.all() or not mask.any()) if packed is None else (packed[:, 0] != 0).any(): return None

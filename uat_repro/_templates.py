@@ -144,6 +144,13 @@ def _pattern(messages: list[dict], tokenizer) -> tuple[list[str], list[tuple], b
             known["ends"] = False
             _log.warning("the chat template of %s ends answers with no token of their own, so a model does not learn "
                          "to stop: write eos_token after them", tokenizer.name_or_path or "this tokenizer")
+        roles_of_texts = [m["role"] for m in messages for field in _TEXTS if field in m]
+        written = {int(n) for n in known[roles][0][1::2]}
+        unsaid = [r for n, r in enumerate(roles_of_texts) if n not in written and r != "assistant"]
+        if unsaid and known.setdefault("says all", True):
+            known["says all"] = False
+            _log.warning("the chat template of %s does not write what a turn by %s says: take another template, or "
+                         "move that text", tokenizer.name_or_path or "this tokenizer", unsaid[0])
     return known[roles]
 
 def _thoughts(message: dict) -> dict:
@@ -167,9 +174,10 @@ def _place(messages: list[dict], text: str, tokenizer) -> tuple[list[tuple], boo
 
 # %% ../nbs/api/01a_templates.ipynb #01a-templates-18b
 def _missing(message: dict, written: str) -> bool:
-    "Whether a template has left out something of an answer: its text, a call, or the name of an argument."
+    "Whether a template has left out something of an answer: a text, a call, or the name of an argument."
     calls = [call["function"] for call in message.get("tool_calls", ())]
-    said = [message["content"], *(name for call in calls for name in (call["name"], *call["arguments"]))]
+    texts = (message.get(field, "") for field in _TEXTS)
+    said = [*texts, *(name for call in calls for name in (call["name"], *call["arguments"]))]
     return not all(part in written or json.dumps(part, ensure_ascii=False)[1:-1] in written for part in said)
 
 def _place_calls(messages: list[dict], text: str, tokenizer) -> tuple[list[tuple], bool]:
@@ -223,6 +231,7 @@ def label_chat(messages: list[dict], tokenizer) -> tuple[list[int], list[int], l
     own = tokenizer.bos_token and _is_text(messages) and not text.startswith(tokenizer.bos_token)  # no template adds it
     encoded = tokenizer(text, add_special_tokens=bool(own), return_attention_mask=False, verbose=False)
     ids, offsets = encoded["input_ids"], encoded.encodings[0].offsets
+    if own and ids[-2:] == [tokenizer.eos_token_id] * 2: ids, offsets = ids[:-1], offsets[:-1]  # it adds one itself
     labels, weights = [-100] * len(ids), [0.0] * len(ids)
     for turn, begin, end, stop in spans:
         first = bisect_right(offsets, begin, key=itemgetter(1))

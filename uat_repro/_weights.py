@@ -16,6 +16,7 @@ from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import distributions
 from itertools import accumulate
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np, torch
@@ -302,12 +303,12 @@ def _whole(model: PreTrainedModel, source: dict) -> PreTrainedModel:
 
 # %% ../nbs/api/02a_weights.ipynb #02a-weights-23b
 def load_model(
-    spec: str,  # hub id (`name` or `name@revision`), folder, `.gguf` file, name in `PACKAGED_WEIGHTS` or `TINY`
+    spec: str | Path,  # hub id (`name` or `name@revision`), folder, `.gguf` file, name in `PACKAGED_WEIGHTS` or `TINY`
     dtype: str | torch.dtype = "float32",  # dtype of the weights
     attn_implementation: str | None = None,  # as in transformers: "sdpa", "eager", ...
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:  # the model in eval mode, and its tokenizer
     "Load a causal language model and its tokenizer. Raises where a package, safetensors or a tensor are missing."
-    if spec in TINY: return tiny_model(spec), tiny_tokenizer()
+    if (spec := str(spec)) in TINY: return tiny_model(spec), tiny_tokenizer()
     known = spec in PACKAGED_WEIGHTS or "/" in spec or Path(spec).exists()
     if not known and (near := get_close_matches(spec, [*PACKAGED_WEIGHTS, *TINY], 1, .8)):  # before the hub is asked
         raise OSError(f"cannot load {spec!r}: did you mean {near[0]!r}? ({_ALLOWED})")
@@ -331,9 +332,10 @@ def load_model(
 
 # %% ../nbs/api/02a_weights.ipynb #02a-weights-27
 def weights_hash(model: nn.Module) -> str:  # 16 hexadecimal digits
-    "SHA-256 over names, shapes, dtypes and values of all parameters."
-    h = hashlib.sha256()
-    for name, p in sorted(model.named_parameters()):
+    "SHA-256 over names, shapes, dtypes and values of all parameters, and of the buffers that are saved with them."
+    h, saved = hashlib.sha256(), model.state_dict()
+    tensors = [*model.named_parameters(), *((name, b) for name, b in model.named_buffers() if name in saved)]
+    for name, p in sorted(tensors, key=itemgetter(0)):
         h.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())
         h.update(p.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()[:16]

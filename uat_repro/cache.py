@@ -37,16 +37,22 @@ _IDLE = {"_name_or_path", "architectures", "dtype", "initializer_range", "tie_wo
 def _key(x: object) -> str:  # 16 hexadecimal digits
     return hashlib.sha256(json.dumps(x, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
+def _key_of(row: Mapping) -> str:
+    "The key of a row's tokens. Raises where they are several documents, or padded."
+    if "seq_lengths" in row or not all(row.get("attention_mask", ())):
+        raise ValueError("a row is packed or padded: build the cache from rows of one document each, before they are")
+    return record_key(row["input_ids"])
+
 def cache_identity(
     model: nn.Module,  # the model whose states are kept
     dataset: Sequence,  # rows with `input_ids`
     layer: int,  # the layer that the states enter, L, or -1 for the last states
 ) -> dict:  # equal for equal states
     "The dependencies of a data set's states: weights, config, adapters, layer, and every token of every record."
-    records = [record_key(row["input_ids"]) for row in dataset]
+    records = [_key_of(row) for row in dataset]
     below = dataset.cache.key if hasattr(dataset, "cache") else ""  # states that stand in for the tokens
-    adapters = [(name, m.scaling, m.active_adapters, m.disable_adapters) for name, m in model.named_modules()
-                if isinstance(getattr(m, "scaling", None), dict)]  # LoRA's layers
+    adapters = [(name, getattr(m, "scaling", None), m.active_adapters, m.disable_adapters)
+                for name, m in model.named_modules() if isinstance(getattr(m, "disable_adapters", None), bool)]
     acts = {k: v for k, v in unwrap(model).config.to_diff_dict().items()
             if k not in _IDLE and "drop" not in k and not k.endswith("_token_id")}
     device = next(model.parameters()).device.type

@@ -8,6 +8,7 @@ Docs: https://uat-repro.github.io/uat-repro/api/compute_loss.html.md"""
 __all__ = ['as_compute_loss_func', 'token_loss_metrics']
 
 # %% ../nbs/api/08a_compute_loss.ipynb #08a-compute-loss-03
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -19,6 +20,7 @@ from transformers import EvalPrediction, TrainingArguments
 from .head import scores_of
 from .models import Head
 from .objective import Objective, Scored, Settings, select, weigh
+from .rules import WEIGHTS, Weight, find_rule
 from .tokens import NO_RESPONSES, lay_out
 
 # %% ../nbs/api/08a_compute_loss.ipynb #08a-compute-loss-06
@@ -44,9 +46,16 @@ def _check_logits(o: Settings) -> None:
     "Raise a `ValueError` if logits and labels are not enough for an objective."
     if o.needs_teacher or "posterior" in o.needs:
         raise ValueError("logits have neither teacher nor posterior: use UncertaintyAwareTrainer for this objective")
+    weight = o.weight and find_rule(Weight, o.weight, WEIGHTS)
+    if weight and weight.by_document:
+        raise ValueError(f"the weight {o.weight!r} hangs on documents, but a compute_loss_func sees no position ids "
+                         "and cannot tell packed ones apart: use UncertaintyAwareTrainer")
     if o.selects and (o.scope == "sequence" or o.granularity == "document"):
         raise ValueError(f"scope is {o.scope!r} and granularity {o.granularity!r}, but a compute_loss_func sees no "
                          "position ids and cannot tell packed documents apart: use UncertaintyAwareTrainer")
+
+_BALANCE = ("the model has a loss that balances its experts, which a compute_loss_func leaves out: switch it off, by "
+            "output_router_logits=False in its config")
 
 def _check_arguments(o: Settings, args: TrainingArguments) -> None:
     "Raise a `ValueError` if a Trainer's arguments ask for what a `compute_loss_func` cannot give."
@@ -71,7 +80,9 @@ def as_compute_loss_func(
         o = wanted if torch.is_grad_enabled() else Objective.preset("mle")
         layout = lay_out(dict(labels=labels))
         _check_step(o, len(layout.targets), num_items_in_batch)
-        logits = layout.predicting(outputs.logits).float()  # (N, V)
+        if getattr(outputs, "aux_loss", None) is not None: warnings.warn(_BALANCE, stacklevel=2)
+        given = outputs.logits[:, -labels.shape[1]:]  # without those of a prompt that is learnt
+        logits = layout.predicting(given).float()  # (N, V)
         with torch.no_grad(): scores = scores_of(logits, layout.targets)
         scored = Scored(layout, scores, logits.detach(), _Given(logits.T))
         selected = select(o, scored)  # (N,) M

@@ -64,9 +64,9 @@ def _noisy(model: nn.Module) -> bool:
 
 def has_dropout(model: nn.Module) -> bool:  # whether a forward in training mode is random
     "Whether `model` would drop anything in training mode."
-    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()): return True
-    rates = (x for m in model.modules() for name, x in vars(m).items() if "drop" in name or "jitter" in name)
-    return _noisy(model) or any(isinstance(x, float) and x > 0 for x in rates)  # of functions that a forward calls
+    rates = (x for m in model.modules() for name, x in vars(m).items()
+             if isinstance(m, nn.Dropout) or "drop" in name or "jitter" in name)  # of functions that a forward calls
+    return _noisy(model) or any(isinstance(x, float) and x > 0 for x in rates)
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
@@ -89,7 +89,7 @@ def unwrap(model: nn.Module) -> nn.Module:  # the model itself; its wrappers sta
     return model if inner is None else unwrap(inner)
 
 # %% ../nbs/api/02_models.ipynb #02-models-17
-_FOUND: dict[tuple, bool] = {}  # what a trial found, by its name, the model's class and its config
+_FOUND: dict[tuple, bool] = {}  # what a trial found, by its name, the model's class, family and config
 
 def decoder_of(
     model: nn.Module,  # a causal language model, not wrapped
@@ -104,14 +104,14 @@ def decoder_of(
 @torch.no_grad()
 def _once(trial: Callable, model: nn.Module) -> bool:
     "Whether a trial on five tokens holds in models of this class and config; True where it cannot be made."
-    key = getattr(trial, "func", trial).__name__, type(model), repr(vars(model.config))
+    key = getattr(trial, "func", trial).__name__, type(model), family_of(model), repr(vars(model.config))
     if key in _FOUND: return _FOUND[key]
     elsewhere = lambda p: p.is_meta or hasattr(p, "placements") or hasattr(p, "fake_mode") or not p.numel()
     if any(map(elsewhere, model.parameters())): return True
     ids = torch.arange(5, device=next(model.parameters()).device)[None]  # (1, 5)
-    gpus = [ids.device] if ids.device.type == "cuda" else []
-    with torch.random.fork_rng(gpus), eval_mode(model): _FOUND[key] = bool(trial(model, ids))
-    return _FOUND[key]
+    with torch.random.fork_rng([ids.device] if ids.is_cuda else []), eval_mode(model): found = bool(trial(model, ids))
+    if found or trial is _apart: _FOUND[key] = found  # what has failed elsewhere raises, and may be mended
+    return found
 
 # %% ../nbs/api/02_models.ipynb #02-models-18
 def _run(decoder: nn.Module, call: Callable, **inputs) -> tuple[Tensor, Any]:  # (B, T, H), and what `call` returned
@@ -159,8 +159,10 @@ def family_of(model: nn.Module) -> Family:  # the entry of its `model_type`, or 
 def _same_logits(head: Head, model: nn.Module, ids: Tensor) -> bool:
     "Whether a head makes the model's own logits of its last hidden states."
     states, out = _run(decoder_of(model), model, input_ids=ids)
-    same = (out.logits.shape[-1], states.shape[-1]) == head.weight.shape
-    return same and _close(head.logits(states), out.logits, 2e-2)
+    if not states.isfinite().all():
+        raise ValueError(f"the model's states are not finite: its weights are damaged, or overflow in {states.dtype}")
+    if (out.logits.shape[-1], states.shape[-1]) != head.weight.shape: return False
+    return _close(head.logits(states), out.logits, 2e-2)
 
 def head_of(model: nn.Module) -> Head:  # shares storage with the model
     "The head of a causal language model, wrapped or not. Raises where it is not a plain linear map."
@@ -203,8 +205,7 @@ def hidden_states(
     batch: Mapping,  # `input_ids` (B, T) or `inputs_embeds` (B, T, H), with `attention_mask` or `position_ids` (B, T)
 ) -> Tensor:  # (B, T, H) after the final norm, as the head reads them; without meaning at padding
     "The last hidden state at every position, without the logits of all of them, and without padding if that is faster."
-    bare = unwrap(model)
-    decoder, adapter = decoder_of(bare), getattr(bare, "active_peft_config", None)
+    decoder, adapter = decoder_of(bare := unwrap(model)), getattr(bare, "active_peft_config", None)
     check_text(batch)
     prompted = any(getattr(adapter, name, None) for name in ("is_prompt_learning", "alora_invocation_tokens"))
     names = ("inputs_embeds" if "inputs_embeds" in batch else "input_ids", "attention_mask", "position_ids")
@@ -274,8 +275,7 @@ def split_layers(
     setattr(trunk, family.norm, nn.Identity())
     if not _once(partial(_cut_well, trunk, top), model):
         raise ValueError(f"{model.config.model_type} cannot be cut: trunk and top together end in other states than "
-                         "the whole; its decoder may change what enters its first layer, or a layer know its place; "
-                         "leave the layer at 0")
+                         "the whole, as where a layer knows its place; leave the layer at 0")
     return trunk, top
 
 # %% ../nbs/api/02_models.ipynb #02-models-40

@@ -19,9 +19,10 @@ from pathlib import Path
 from ._files import ENDINGS, file_hash, files_of, read_values
 from ._hub import HUB, by_full_name, from_hub, on_hub, renamed, short, split_in
 from ._splits import SPLITS, cluster_number, cluster_of, record_id, split_of, split_of_record
-from ._turns import (FIELDS, LEARN, as_text, empty, excerpt, first_of, join, listed,
+from ._turns import (FIELDS, LEARN, as_text, empty, excerpt, first_of, join, listed, listed_turns,
                               message_of, read_tools)
 
+_all_ = ["SPLITS", "record_id", "split_of"]
 _log = logging.getLogger(__name__)
 
 # %% ../nbs/api/00_records.ipynb #00-records-07a
@@ -41,9 +42,9 @@ def _single(record: dict, *asked: str) -> list[tuple]:
     return [*_rounds(first_of(record, "history") or []), ("user", prompt), ("assistant", answer)]
 
 def _pair(prompt: object, completion: object) -> list[tuple]:
-    "A prompt and its completion, each as text or as a list of turns."
-    return [turn for speaker, part in (("user", prompt), ("assistant", completion))
-            for turn in (_several(part) if isinstance(part, list) else [(speaker, part)])]
+    "A prompt and its completion, each as text or as a list of turns, which may be written as JSON."
+    parts = zip(("user", "assistant"), listed_turns(prompt, completion))
+    return [turn for who, part in parts for turn in (_several(part) if isinstance(part, list) else [(who, part)])]
 
 FORMATS = dict(  # the field that marks a format -> a function from a record to its turns: (speaker, text)
     messages=lambda record: _several(record["messages"]),
@@ -120,7 +121,7 @@ def _unread(fields: _Fields, turns: list[tuple]) -> list[str]:
 # %% ../nbs/api/00_records.ipynb #00-records-13g
 def _conversation(record: dict) -> tuple[list[dict], list[str]]:
     "The messages of a record, as from `to_messages`, and its fields that were not read."
-    fields = _Fields(record if isinstance(record, dict) else {})
+    fields = _Fields(record if isinstance(record, Mapping) else {})
     fields.read = {"id", "source", "weight", "token_weights"}
     if cluster_number(fields) is None: fields.read.discard("cluster")  # a word is no number of a group, and not read
     turns = _turns(fields, record)
@@ -128,6 +129,8 @@ def _conversation(record: dict) -> tuple[list[dict], list[str]]:
     if messages and tools: messages[0]["tools"] = tools
     unread = _unread(fields, turns)
     if messages: return messages, unread
+    if any(m["role"] == "assistant" and m["content"] for m in (message_of(record, *turn) for turn in turns)):
+        raise ValueError(f"record {excerpt(record)} has no question before its answer: write one, or give it as text")
     others = f" (fields that are not read: {', '.join(unread)})" if unread else ""
     named = f", name its column (--columns prompt=...,completion={unread[0]})" if "." not in (unread or ".")[0] else ""
     raise ValueError(f"record {excerpt(record)} has no response{others}: write one{named} or remove the record")
@@ -135,11 +138,8 @@ def _conversation(record: dict) -> tuple[list[dict], list[str]]:
 def to_messages(
     record: dict,  # one record, in a format of `FORMATS`
 ) -> list[dict]:  # `role`, `content`, perhaps reasoning, calls, tools and weights; an answer is last, or a text alone
-    "The chat messages of a record; a `ValueError` names a record that has no response or no known format."
+    "The chat messages of a record. A `ValueError` names one that has no response, question or known format."
     return _conversation(record)[0]
-
-# %% ../nbs/api/00_records.ipynb #00-records-25
-_all_ = ["SPLITS", "record_id", "split_of"]
 
 # %% ../nbs/api/00_records.ipynb #00-records-24
 def _unwrap(value: object) -> list:

@@ -124,8 +124,11 @@ def find_rule(
     return kind(given) if callable(given) else find_named(kind.__name__.lower(), given, known)
 
 # %% ../nbs/api/07a_rules.ipynb #07a-rules-17
+@dataclass(frozen=True)
 class Weight(Rule):
     "How much a selected token counts."
+    by_document: bool = False  # whether it hangs on which tokens make a document
+
     def __call__(self, scored: Scored) -> Tensor:
         "The weights (N,), finite and without gradient."
         weights = super().__call__(scored)
@@ -186,7 +189,7 @@ WEIGHTS = {
     "probability": Weight(partial(_power, k=1)),
     "probability_10": Weight(partial(_power, k=10)),
     "medium_probability": Weight(_medium),
-    "adaptive_probability": Weight(_adaptive),
+    "adaptive_probability": Weight(_adaptive, by_document=True),
     "top_entropy": Weight(_top_entropy, "logits"),
     "clipped_ratio": Weight(_clipped_ratio, "teacher"),
     "document_ratio": Weight(_document_ratio, "teacher"),

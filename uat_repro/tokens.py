@@ -181,7 +181,8 @@ def _without_padding(row: dict) -> dict:
                          "states: build the cache from the rows as they are now")
     if "attention_mask" not in row or all(row["attention_mask"]): return row
     kept = [i for i, real in enumerate(row["attention_mask"]) if real]
-    return {name: [row[name][i] for i in kept] if _per_token(row, name) else row[name] for name in row}
+    of = lambda values: values[kept] if torch.is_tensor(values) else [values[i] for i in kept]
+    return {name: of(row[name]) if _per_token(row, name) else row[name] for name in row}
 
 def _in_one_row(batch: dict) -> dict:
     "The documents of a padded batch one after the other, in a row whose positions start again at each."
