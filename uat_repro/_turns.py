@@ -44,7 +44,7 @@ def as_number(value: object) -> Any:
     except (ValueError, RecursionError): return value
     return found if isinstance(found, Real) else value
 
-def listed(value: list | dict | str) -> Any:
+def listed(value: Any) -> Any:
     "A list or an object, which may be written as JSON."
     return json.loads(value) if isinstance(value, str) else value
 

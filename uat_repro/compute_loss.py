@@ -46,8 +46,7 @@ def _check_logits(o: Settings) -> None:
     "Raise a `ValueError` if logits and labels are not enough for an objective."
     if o.needs_teacher or "posterior" in o.needs:
         raise ValueError("logits have neither teacher nor posterior: use UncertaintyAwareTrainer for this objective")
-    weight = o.weight and find_rule(Weight, o.weight, WEIGHTS)
-    if weight and weight.by_document:
+    if o.weight is not None and find_rule(Weight, o.weight, WEIGHTS).by_document:
         raise ValueError(f"the weight {o.weight!r} hangs on documents, but a compute_loss_func sees no position ids "
                          "and cannot tell packed ones apart: use UncertaintyAwareTrainer")
     if o.selects and (o.scope == "sequence" or o.granularity == "document"):
