@@ -1,5 +1,5 @@
 """Snakemake, papermill and the command line, for real: on stand-in notebooks where only the order matters, and on the real ones at smoke size."""
-import ast, json, os, re, shutil, signal, subprocess, sys, time
+import ast, base64, json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import nbformat, pandas as pd, pytest, yaml
@@ -117,6 +117,15 @@ def test_finished_runs_go_on_elsewhere_unless_they_were_made_from_something_else
     assert todo("newer") == {"train"}
     edit(train, "write_text('[1]')", "write_text('[]')")
 
+    deep = tmp_path / "a" / "b" / "results"
+    shutil.copytree(work, deep)
+    assert plan(snakemake_command(deep, nbs)) == [], "at another depth"
+    (work / "train/tiny-llama-sharegpt-repeated-mle/._log.parquet").write_text("as a Mac leaves it")
+    mark = tmp_path / "late" / ".snakemake" / "incomplete" / base64.urlsafe_b64encode(b"train/tiny-llama-sharegpt-repeated-mle/result.json").decode()
+    mark.parent.mkdir(parents=True)
+    mark.write_text("")  # of a run that was killed here
+    assert take(work, "late") == (0, f"{runs} runs taken into late\n") and todo("late") == set()
+
     shutil.copytree(work, tmp_path / "shown", ignore=shutil.ignore_patterns(".*"))
     status, said = take(tmp_path / "shown", "bare")
     assert status == 1 and said.count("has no records of Snakemake") == runs and said.endswith("0 runs taken into bare\n")
@@ -195,6 +204,13 @@ def test_the_data_folder_is_found_under_any_name_and_missed_where_it_is_forgotte
     for command in "status", "verify", "claims":
         assert main([command, str(work)]) == 1
         assert "was made from your files of sharegpt: name their folder by --data-dir" in capfd.readouterr().err
+
+
+def test_a_folder_that_is_none_of_ours_is_looked_at_and_left_alone(nbs, profile, tmp_path, capfd):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    assert reproduce(profile(), only="fig2b", workdir=tmp_path / "mine", notebooks=nbs, dry_run=True) == 0
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]
 
 
 def test_a_linked_folder_of_results(nbs, profile, tmp_path, capfd):

@@ -9,6 +9,7 @@ __all__ = ['import_runs']
 
 # %% ../nbs/api/11b_archive.ipynb #11b-archive-03
 import lzma, os, shutil, tarfile, tempfile, time, zlib
+from errno import ENOSPC
 from pathlib import Path
 
 from ._verify import altered, is_reference, recorded
@@ -23,6 +24,7 @@ def _folder_in(source: Path, scratch: str) -> Path:
         try:
             with tarfile.open(source) as archive: archive.extractall(scratch, filter="data")
         except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError) as e:
+            if getattr(e, "errno", None) == ENOSPC: raise
             raise ValueError(f"{source} can't be read as a tar archive: {e}") from e
         found = sorted(Path(scratch).rglob("profile.json"), key=lambda p: len(p.parts))
     if found and is_reference(found[0].parent):
@@ -33,15 +35,15 @@ def _folder_in(source: Path, scratch: str) -> Path:
                      "or a tar archive of it")
 
 # %% ../nbs/api/11b_archive.ipynb #11b-archive-07
-def _records(home: Path, run: Path) -> list[Path]:
-    "Snakemake's records of the files of a run, relative to the folder of results."
-    return [record.relative_to(home) for record in recorded(home).get(run, {}).values()]
+def _records(home: Path) -> dict[Path, list[Path]]:
+    "Snakemake's records of the files of each run, relative to the folder of results."
+    return {run: [record.relative_to(home) for record in files.values()] for run, files in recorded(home).items()}
 
 def _files(home: Path, run: Path) -> list[Path]:
-    "All files of a run, relative to the folder of results, with `result.json`, which marks it as done, at the end."
+    "The files of a run, relative to the folder of results, with `result.json`, which marks it as done, at the end."
     own = sorted(p.relative_to(home) for p in (home / run).rglob("*") if p.is_file())
     notebook = Path("notebooks", run).with_suffix(".ipynb")
-    return [*_records(home, run), *[notebook] * (home / notebook).is_file(),
+    return [*[notebook] * (home / notebook).is_file(),
             *sorted(own, key=lambda p: p == run / "result.json")]
 
 # %% ../nbs/api/11b_archive.ipynb #11b-archive-09
@@ -54,12 +56,12 @@ def _made_from_others(about: dict, workdir: Path) -> str:
         if (here["data"].get(dataset), here.get("weights")) != (hash, made.get("weights")): return dataset
     return ""
 
-def _fault(home: Path, run: Path, workdir: Path) -> str:
+def _fault(home: Path, run: Path, workdir: Path, records: list[Path]) -> str:
     "What speaks against taking a run; empty where nothing does."
     if wrong := altered(home / run): return wrong[0].replace(f"{home}/", "")
     about = read_json(home / run / "result.json")
     if not isinstance(about, dict) or not {"seal", "files"} <= about.keys(): return f"{run} has no hashes of its files"
-    if not _records(home, run): return f"{run} has no records of Snakemake: copy hidden files too (.snakemake)"
+    if not records: return f"{run} has no records of Snakemake: copy hidden files too (.snakemake)"
     prepared = "dataset" in catalogue()["experiments"][run.parts[0]]["axes"]  # of others, `data` names benchmarks
     other = _made_from_others(about, workdir) if prepared else ""
     return f"{run} was made from other records of {other}, or other weights, than those here" if other else ""
@@ -70,20 +72,23 @@ def import_runs(
     workdir: str | Path,  # the folder of results that takes them; made where there is none
 ) -> tuple[list[str], list[str]]:  # the runs that were taken; what was wrong with others
     "Take finished runs from elsewhere. Raises where the source holds no results."
-    workdir, taken, faults, now = Path(workdir), [], [], time.time()
-    with tempfile.TemporaryDirectory() as scratch:
+    workdir, taken, faults = Path(workdir), [], []
+    near = next(folder for folder in (workdir.absolute(), *workdir.absolute().parents) if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix=".", dir=near) as scratch:  # where there is room for results
         home = _folder_in(Path(source), scratch)
         profile = read_json((workdir if (workdir / "profile.json").exists() else home) / "profile.json")
         if not isinstance(profile, dict) or not {"models", "datasets"} <= {*profile}:
             raise ValueError(f"{source} holds no results of ours: its profile.json is something else")
         claim_folder(workdir, profile)
         with locked(workdir):
+            now, records, begun = time.time(), _records(home), recorded(workdir, "incomplete")
             for run in (Path(f).parent for f in result_files(profile)):
                 if ".." in run.parts: raise ValueError(f"{source} names the run {run}, which lies outside of it")
                 if (workdir / run / "result.json").exists() or not (home / run / "result.json").exists(): continue
-                if fault := _fault(home, run, workdir): faults.append(fault); continue
+                if fault := _fault(home, run, workdir, records.get(run, [])): faults.append(fault); continue
                 shutil.rmtree(workdir / run, ignore_errors=True)  # of a run that was begun here
-                for file in _files(home, run):
+                for mark in begun.get(run, {}).values(): mark.unlink()
+                for file in [*records[run], *_files(home, run)]:
                     (workdir / file).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(home / file, workdir / file)
                     os.utime(workdir / file, (now, now))

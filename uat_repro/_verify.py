@@ -22,7 +22,8 @@ def file_hashes(
     folder: str | Path,  # folder of a run
 ) -> dict[str, str]:  # path in the folder -> hash
     "The hashes of all files of a run but `result.json`, which holds them, and `cost.json`, which differs every time."
-    paths = sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.name not in ("result.json", "cost.json"))
+    left_out = lambda name: name in ("result.json", "cost.json") or name[0] == "."  # as file managers leave them
+    paths = sorted(p for p in Path(folder).rglob("*") if p.is_file() and not left_out(p.name))
     return {str(p.relative_to(folder)): file_hash(p) for p in paths}
 
 def _seal(about: dict) -> str:
@@ -51,7 +52,7 @@ def altered(
         return "" if file_hash(path) == hash else f"{path} is altered"
     if not isinstance(about, dict) or "files" not in about: return []  # kept before there were hashes
     if about.get("seal") != _seal(about): return [f"{folder / 'result.json'} is altered"]
-    more = [path for path in sorted(folder.glob("*.parquet")) if path.name not in about["files"]]  # read like its own
+    more = [path for path in sorted(folder.glob("[!.]*.parquet")) if path.name not in about["files"]]  # which are read
     return [told for name, hash in about["files"].items() if (told := fault(name, hash))] + [
         f"{path} is not of this run" for path in more]
 
@@ -101,19 +102,19 @@ def altered_drawn(
 # %% ../nbs/api/11a_verify.ipynb #11a-verify-10c
 def discard_altered(
     workdir: str | Path,  # folder of results
-    profile: dict,  # from `workflow.load_profile`
+    runs: Iterable[str],  # their `result.json`, of those that are needed
     drawn: Iterable[str],  # figures that will be drawn
-) -> list[str]:  # what was wrong, run by run
+) -> list[str]:  # what was wrong, run by run, and that it is made again
     "Remove the mark of finished runs, whose files are not all as they left them, and the files of such figures."
     said = []
-    for file in (Path(workdir) / f for f in result_files(profile)):
+    for file in (Path(workdir) / f for f in runs):
         if not file.exists() or not (faults := altered(file.parent)): continue
         file.unlink()
-        said.append(faults[0])
+        said.append(f"{faults[0]}: it is made again")
     for figure in drawn:
         if not (paths := altered_drawn(workdir, figure)): continue
         for name in catalogue()["figures"][figure]["files"]: Path(workdir, name).unlink(missing_ok=True)
-        said.append(f"{paths[0]} is altered")
+        said.append(f"{paths[0]} is altered: it is made again")
     return said
 
 # %% ../nbs/api/11a_verify.ipynb #11a-verify-12
@@ -149,7 +150,9 @@ def state_of(
     if Path(workdir, run, "result.json").exists(): return "stale"
     if traceback_of(path): return "failed"
     if run.parts[0] == "figures" and _ended(path): return "stale"
-    return "at work" if path.exists() and at_work(workdir) else "to come"
+    if not (path.exists() and at_work(workdir)): return "to come"
+    since = Path(workdir, ".lock").stat().st_mtime  # a notebook from before is that of an earlier start
+    return "at work" if path.stat().st_mtime >= since else "to come"
 
 # %% ../nbs/api/11a_verify.ipynb #11a-verify-18
 def costs_of(

@@ -27,6 +27,7 @@ import pandas as pd, yaml
 from pyarrow import ArrowInvalid
 
 _REMAKE = "delete it, and the command that made it (`uat-repro reproduce`, `train`) makes it again"
+_REMEDIES = {"profile.json": "`uat-repro reproduce --update` writes it again", ".ipynb": "restore it, by git say"}
 
 # %% ../nbs/api/11_results.ipynb #11-results-05
 def write_whole(
@@ -61,13 +62,14 @@ def write_json(
     "Write `obj` as strict JSON, whole or not at all."
     return write_whole(path, json.dumps(strict_json(obj), indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
-# %% ../nbs/api/11_results.ipynb #11-results-10
 def read_json(
     path: str | Path,  # a file of JSON
 ) -> Any:  # what it holds
     "Read a file of JSON; a `ValueError` of one line names one that is damaged."
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as e: raise ValueError(f"{path} is damaged ({e}): {_REMAKE}") from None
+    except ValueError as e:
+        remedy = _REMEDIES.get(Path(path).name) or _REMEDIES.get(Path(path).suffix, _REMAKE)
+        raise ValueError(f"{path} is damaged ({e}): {remedy}") from None
 
 # %% ../nbs/api/11_results.ipynb #11-results-14
 def write_frame(
@@ -118,8 +120,7 @@ def git_commit(
 def peak_gb() -> float:  # GB, of this process and of the largest of its finished children
     "The most memory that was resident at once."
     unit = 1 if sys.platform == "darwin" else 1024
-    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return max(resource.getrusage(w).ru_maxrss for w in who) * unit / 1e9
+    return max(resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * unit / 1e9
 
 # %% ../nbs/api/11_results.ipynb #11-results-27
 def cost(
@@ -136,7 +137,6 @@ def _texts(x) -> Iterator[str]:
     elif isinstance(x, (list, tuple)): yield from (t for v in x for t in _texts(v))
     elif isinstance(x, (str, Path)): yield str(x)
 
-# %% ../nbs/api/11_results.ipynb #11-results-31
 def manifest(
     seeds: int | list[int],  # every seed that a random draw depends on
     data: Mapping[str, str] | None = None,  # data set -> hash of its records
@@ -303,12 +303,12 @@ def claim_folder(
     path = Path(workdir) / "profile.json"
     if not path.exists() and path.parent.is_dir() and any(p.name[0] != "." for p in path.parent.iterdir()):
         raise ValueError(f"{workdir} is not empty and holds no results of ours: choose another --workdir")
-    there, here = _flat(read_json(path) if path.exists() and not update else profile), _flat(profile)
+    here = _flat(profile := strict_json(profile))
+    there = _flat(read_json(path)) if path.exists() and not update else here
     if apart := [k for k in {**there, **here} if there.get(k) != here.get(k)]:
         was, now = (shorten(repr(p.get(apart[0])), 60) for p in (there, here))
-        difference = f"{apart[0]} is {was} there and {now} here"
-        raise ValueError(f"{workdir} holds results of another configuration ({difference}): "
-                         "choose another --workdir, or bring it up to date with --update")
+        raise ValueError(f"{workdir} holds results of another configuration ({apart[0]} is {was} there and {now} "
+                         "here): choose another --workdir, or bring it up to date with --update")
     return write_json(path, profile)
 
 # %% ../nbs/api/11_results.ipynb #11-results-69
@@ -317,12 +317,13 @@ def locked(
     workdir: str | Path,  # folder of results
 ) -> Iterator[int]:  # file descriptor to pass on to child processes
     "Hold the folder of results, once any other command has released it."
-    with open(Path(workdir) / ".lock", "w") as f:
+    with open(Path(workdir) / ".lock", "a") as f:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"another command is at work in {workdir}, or finishes its last runs: waiting for it",
                   file=sys.stderr, flush=True)
             fcntl.flock(f, fcntl.LOCK_EX)
+        os.utime(f.name)  # since when it is held
         shutil.rmtree(Path(workdir) / ".snakemake" / "locks", ignore_errors=True)
         yield f.fileno()
 

@@ -22,7 +22,7 @@ import yaml
 from ._arguments import nearest, read_sections
 from ._files import files_of
 from ._gpu import gpu_mb
-from ._signals import Terminated, end_family, follow_parent
+from ._signals import end_family, follow_parent
 from ._verify import as_it_took, check_records, costs_of, discard_altered
 from .results import (AXES, catalogue, check_disk, claim_folder, cost, figures, inside, locked, manifest,
                                notebooks_folder, result_files, traceback_of, write_json)
@@ -30,7 +30,6 @@ from .results import (AXES, catalogue, check_disk, claim_folder, cost, figures, 
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-06
 FLOW = Path(str(files("uat_repro"))) / "workflow"  # catalogue, profiles and Snakefile
 
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-08
 def _check_name(name: str, known: Iterable[str], place: str) -> None:
     "Raise where a name is not among the known ones; `place` is the subject of the message."
     if name not in (known := list(known)): raise ValueError(f"{place} has {name!r}: {nearest(name, known)}")
@@ -60,7 +59,6 @@ def _named(part) -> Iterator[tuple[str, str]]:
         elif isinstance(v, list): yield from ((k, value) for value in v)
         else: raise ValueError(f"{k!r} of a profile is {v!r}: make it a list")
 
-# %% ../nbs/api/17_workflow.ipynb #17-workflow-14
 def _check_profile(profile: dict, name: str) -> None:
     "Known sections of the right type, all that must be there, known values of the grid."
     for k, v in profile.items():
@@ -68,8 +66,8 @@ def _check_profile(profile: dict, name: str) -> None:
         if not isinstance(v, (int, float) if (kind := type(DEFAULTS.get(k, {}))) is float else kind):
             raise ValueError(f"{k!r} of profile {name} is of type {type(v).__name__}: make it a {kind.__name__}")
         for entry, values in profile[k].items() if k in ("models", "datasets", "regimes", "objectives", "figures") else ():
-            if k != "figures" and not re.fullmatch(r"[\w.-]+", str(entry)):
-                raise ValueError(f"{entry!r} under {k!r} of profile {name} names folders: use letters, digits, . _ and -")
+            if k != "figures" and not (isinstance(entry, str) and re.fullmatch(r"[\w.-]+", entry)):
+                raise ValueError(f"{entry!r} under {k!r} of profile {name} names folders: quote letters, digits, . _ -")
             if not isinstance(values, dict) and entry != "seconds":
                 raise ValueError(f"{entry!r} under {k!r} of profile {name} is {values!r}: make it names with values")
             if k == "models" and "spec" not in values:
@@ -137,7 +135,7 @@ def snakemake_command(
             "--snakefile", str(FLOW / "Snakefile"), f"--directory={workdir}", "--logger", "events",
             f"--configfile={config or Path(workdir) / 'profile.json'}",
             "--config", *(f"{k}=./{quote(relpath(v, workdir))}" for k, v in places.items()), *needs,  # read as YAML
-            *"--rerun-incomplete --rerun-triggers mtime input params --keep-going --nocolor --scheduler greedy".split()]
+            *"--rerun-incomplete --rerun-triggers mtime params --keep-going --nocolor --scheduler greedy".split()]
 
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-34
 def snakemake_main() -> None:  # exits with Snakemake's status
@@ -187,8 +185,7 @@ def about(
     seconds: float,  # any duration
 ) -> str:  # in the unit that suits it
     "A duration for people."
-    if seconds < 100: return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return f"{seconds:.0f} s" if seconds < 100 else f"{m:.0f} min" if (m := seconds / 60) < 90 else f"{m / 60:.1f} h"
 
 # %% ../nbs/api/17_workflow.ipynb #17-workflow-43
 @dataclass
@@ -230,6 +227,8 @@ def plan(
     "The runs that are missing or out of date. Raises where the configuration is wrong, or a package is missing."
     if lacking := [package for package in ("snakemake", "papermill", "ipykernel") if find_spec(package) is None]:
         raise ImportError(f"the package {lacking[0]} is missing: run `pip install 'uat_repro[reproduce]'`")
+    home = next(word.partition("=")[2] for word in command if word.startswith("--directory="))
+    if not os.access(home, os.W_OK): raise PermissionError(f"{home} is read-only, and Snakemake writes to it: copy it")
     p = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, encoding="utf-8")
     found = list(events(p.stdout.splitlines()))
     if not p.returncode: return [run for _, run in found]
@@ -255,7 +254,7 @@ def watch(
                 elif run not in failed:
                     failed.append(run)
                     print(f"FAILED {run}; runs that do not need it go on", flush=True)
-        except Terminated:
+        except KeyboardInterrupt:
             end_family(child)
             raise
     return child.returncode, failed, error
@@ -303,8 +302,8 @@ def _check_figure(figure: str, profile: dict) -> None:
 def _plan_for(profile: dict, workdir: Path, *options: str, **call) -> list[Run]:
     "The plan for a profile; the folder of results is not touched."
     with tempfile.TemporaryDirectory() as tmp:
-        config = write_json(Path(tmp) / "profile.json", profile)
-        return plan(snakemake_command(workdir if workdir.exists() else tmp, config=config, **call) + [*options])
+        known, config = (workdir / "profile.json").exists(), write_json(Path(tmp) / "profile.json", profile)
+        return plan(snakemake_command(workdir if known else tmp, config=config, **call) + [*options])
 
 def _list_runs(profile: dict, workdir: Path, cores: int, **call) -> int:
     "Print the plan; exit status."
@@ -336,14 +335,16 @@ def reproduce(
     how: dict = dict(notebooks=notebooks, targets=targets, cores=cores, data_dir=data_dir, cluster=cluster,
                      gpu_runs=gpu_runs, gpu_mb=None if cluster else gpu_mb(conf))
     needed = _plan_for(conf, workdir, "--forceall", **how) if targets else []  # what may be lost below others
-    targets += [f"{run.notebook[10:-6]}/result.json" for run in needed if run.rule in catalogue()["experiments"]]
+    read = [f"{run.notebook[10:-6]}/result.json" for run in needed if run.rule in catalogue()["experiments"]]
+    targets += read
     if dry_run: return _list_runs(conf, workdir, **how)
     if update: _plan_for(conf, workdir, **how)  # a plan that fails must not change the folder
     if not (update and (workdir / "profile.json").exists()): claim_folder(workdir, conf, update)
     with locked(workdir) as lock:
         claim_folder(workdir, conf, update)  # once more, as another command may have had it meanwhile
         check_records(workdir, conf)
-        for why in discard_altered(workdir, conf, drawn or figures(conf)): print(f"{why}: it is made again", flush=True)
+        for why in discard_altered(workdir, read or result_files(conf), drawn or figures(conf)): print(why, flush=True)
         status = _make(conf, workdir, snakemake_command(workdir, **how), cores, lock)
-    if not status: _show_claims(workdir, notebooks.parent / "reference" / conf["profile"], label)
+    if not status and "claims" in (drawn or ["claims"]):
+        _show_claims(workdir, notebooks.parent / "reference" / conf["profile"], label)
     return status
