@@ -6,7 +6,7 @@ from pathlib import Path
 from hypothesis import assume, given, strategies as st
 import pandas as pd, pytest, torch
 import torch.distributed as dist
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DataCollatorWithFlattening, TrainingArguments
 
@@ -459,6 +459,8 @@ def test_trl_takes_them_with_our_collator_and_refuses_to_lose_them(tmp_path):
     for attempt in (lambda: trainer(), lambda: trainer(collate, packing=True, max_length=64),
                     *(lambda record=record: trainer(rows=Dataset.from_list([record])) for record in raw)):
         with pytest.raises(ValueError, match="TRL does not read weights"): attempt()
+    stream = IterableDataset.from_generator(lambda: iter([dict(messages=chat(weight=2.))]))  # of columns that nobody has named
+    with pytest.raises(ValueError, match="TRL does not read weights"): trainer(rows=stream, max_steps=1)
     with pytest.raises(ValueError, match="data_collator drops them"):
         trainer(DataCollatorWithFlattening()).train()
 

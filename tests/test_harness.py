@@ -1,8 +1,8 @@
 """lm-evaluation-harness on local records: the files of a data folder, what is left out, and what comes back."""
-import json
+import json, random
 from pathlib import Path
 
-import pytest, torch
+import numpy as np, pytest, torch
 from conftest import REAL_DATA
 from transformers import PreTrainedModel
 
@@ -67,6 +67,17 @@ def test_prompts_of_benchmarks_have_the_fixed_date(monkeypatch):
     monkeypatch.setattr(evaluation, "_run_harness", harness)
     benchmark(tiny_model(), tokenizer, ["gsm8k"])
     assert seen == [f"{TEMPLATE_DATE}, {TEMPLATE_DATE}: Q"]
+
+
+def test_a_benchmark_leaves_the_model_and_random_numbers_as_they_are(tmp_path):
+    (tmp_path / "gsm8k_train.jsonl").write_text(row := json.dumps(dict(question="2 + 2?", answer="#### 4")) + "\n")
+    (tmp_path / "gsm8k_test.jsonl").write_text(row)
+    model, drawn = tiny_model().train(), []
+    for seed in 1, 2:
+        random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
+        benchmark(model, tiny_tokenizer(), ["gsm8k"], tmp_path, max_new_tokens=2)
+        drawn.append((random.random(), np.random.random(), torch.rand(()).item()))
+    assert all(a != b for a, b in zip(*drawn, strict=True)) and all(m.training for m in model.modules())
 
 
 def test_a_missing_package_is_named(monkeypatch):

@@ -12,6 +12,7 @@ from uat_repro._documents import by_document, packed_beside_mask
 from uat_repro.distillation import AdapterTeacher
 from uat_repro.models import FAMILIES, Family, head_of, hidden_states, tiny_model, tiny_tokenizer, unwrap
 from uat_repro.objective import Objective
+from uat_repro.uncertainty import MCDropout
 
 SIZES = dict(vocab_size=120, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
@@ -224,6 +225,23 @@ def test_settings_of_dropout_that_no_module_reads_are_none():
 def test_an_adapter_that_trains_biases_is_no_teacher(bias):
     lora = get_peft_model(small("qwen2"), LoraConfig(target_modules=["q_proj"], bias=bias, task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match="parameters outside the adapter are trained"): AdapterTeacher(lora)
+
+
+def test_a_teacher_leaves_frozen_what_its_user_has_frozen():
+    lora = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    for name, p in lora.named_parameters():
+        if "lora_A" in name: p.requires_grad_(False)
+    trained = [name for name, p in lora.named_parameters() if p.requires_grad]
+    AdapterTeacher(lora)(dict(input_ids=torch.arange(5)[None]))
+    assert trained and [name for name, p in lora.named_parameters() if p.requires_grad] == trained
+
+
+def test_dropout_of_upper_layers_does_not_leave_a_learnt_prompt_out():
+    from peft import PromptTuningConfig
+    prompted = get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    batch = dict(input_ids=torch.arange(5)[None], labels=torch.arange(5)[None])
+    with pytest.raises(ValueError, match="acts outside of the layers .*: leave from_layer at 0"):
+        MCDropout(samples=4, from_layer=1)(prompted, batch)
 
 
 @pytest.mark.parametrize("family, names", [("opt", ("dropout",)), ("biogpt", ("hidden_dropout_prob", "activation_dropout")),

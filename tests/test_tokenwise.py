@@ -119,6 +119,11 @@ def test_a_coefficient_is_that_of_least_squares_and_counts_seeds_and_clusters():
     assert doubled.error == pytest.approx(found.error)
 
 
+def test_tokens_without_a_cluster_are_not_left_out_of_a_coefficient():
+    frame = tokens().assign(seed=0, gain=1., cluster=np.nan)
+    with pytest.raises(ValueError, match="tokens have no cluster: give one for each"): coefficient(frame, "gain", "x")
+
+
 def test_a_coefficient_that_is_not_there_is_rarely_found():
     "100 simulations have a standard error of 2.2 points."
     def missed(seed):

@@ -4,7 +4,7 @@ from pathlib import Path
 import pandas as pd
 import pytest, torch
 from torch._dynamo.utils import counters
-from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from examples import PAIRS, flat_grad, rows, tokenizer
 from test_training import InOrder, two_processes
@@ -273,11 +273,12 @@ def test_fsdp1_is_refused_by_its_name(tmp_path):
 @pytest.mark.parametrize("changes", [dict(logging_steps=1), dict(save_strategy="steps", save_steps=1), {}], ids=str)
 @pytest.mark.parametrize("clip", [0, 1.0])
 @pytest.mark.parametrize("objective", ["mle", "masked_mle"])
-def test_a_gradient_that_is_no_number_ends_the_training(tmp_path, changes, clip, objective):
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_no_number_ends_the_training(bad, tmp_path, changes, clip, objective):
     "It leaves no trace in the loss of its step, and NaN weights in all that follow; no checkpoint has them."
     model, step = tiny_model(), 3 if not changes and objective == "mle" else 1
-    model.get_decoder().layers[0].mlp.up_proj.weight.register_hook(lambda g: g * float("nan"))
-    with pytest.raises(FloatingPointError, match=f"the gradient is NaN at step {step} or before, .*: begin again, with a lower"):
+    model.get_decoder().layers[0].mlp.up_proj.weight.register_hook(lambda g: g + bad)
+    with pytest.raises(FloatingPointError, match=f"the gradient is NaN or infinite at step {step} or before, .*: begin again, with a lower"):
         trainer(tmp_path, objective, model=model, max_steps=3, max_grad_norm=clip, **changes).train()
     assert not [*tmp_path.glob("checkpoint-*/*.safetensors")]
 
@@ -319,7 +320,10 @@ def test_a_resume_says_which_checkpoints_it_passes_over(tmp_path, caplog):
     began = []
     t.add_callback(AtSteps(lambda step, model: began.append(step), 1))
     t.train(resume_from_checkpoint=True)
-    assert began == [3] and "checkpoint-3 is not whole and is passed over: trainer_state.json" in caplog.text
+    for name in "optimizer.pt", "scheduler.pt": (tmp_path/"checkpoint-3"/name).unlink()  # as `save_only_model` leaves them out
+    t.train(resume_from_checkpoint=True)
+    assert "checkpoint-3 is not whole and is passed over: files are missing" in caplog.text
+    assert began == [3, 3] and "checkpoint-3 is not whole and is passed over: trainer_state.json" in caplog.text
 
 
 @pytest.mark.parametrize("asked", [True, False])
@@ -369,6 +373,23 @@ def test_a_compute_loss_func_leaves_a_learnt_prompt_out():
     want = as_compute_loss_func("masked_mle")(out, batch["labels"])
     out.logits = torch.cat([torch.randn(len(out.logits), 3, out.logits.shape[-1]), out.logits], 1)
     assert as_compute_loss_func("masked_mle")(out, batch["labels"]).item() == want.item()
+
+
+def test_a_second_training_begins_with_a_log_of_its_own(tmp_path):
+    t = trainer(tmp_path, "mle", max_steps=3, logging_steps=2, learning_rate=0.)
+    for _ in range(2): t.train()
+    first = next(row for row in t.state.log_history if "mle" in row)
+    assert first["loss"] == pytest.approx(first["mle"], rel=1e-4)
+    assert t._seen is not None  # the third step is in no line
+
+
+def test_a_hook_at_steps_is_called_at_an_end_that_comes_early(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs): control.should_training_stop = state.global_step == 4
+    t, seen = trainer(tmp_path, max_steps=6), []
+    for callback in AtSteps(lambda step, model: seen.append(step), 3), Stop(): t.add_callback(callback)
+    t.train(); t.train()
+    assert seen == [0, 3, 4, 0, 3, 4]
 
 
 def test_tokens_without_a_record_are_told():

@@ -92,6 +92,13 @@ def test_questions_among_the_tokens_that_are_chosen_from_are_told(columns, chang
     assert "TRL trains questions too" in caplog.text
 
 
+def test_arguments_that_trl_takes_as_well(tmp_path):
+    args = TrainingArguments(**options(tmp_path, {}))
+    data = Dataset.from_dict(dict(prompt=[c[:1] for c in CHATS], completion=[c[1:] for c in CHATS]))
+    t = UncertaintyAwareSFTTrainer(tiny_model(), args, "masked_mle", train_dataset=data, processing_class=tokenizer)
+    assert t.train().global_step == 2
+
+
 def test_pictures_are_refused(tmp_path):
     with pytest.raises(ValueError, match="the data set has images, and an objective reads text only"):
         sft(tmp_path, Objective(), Dataset.from_dict(dict(images=[[]] * 8, prompt=[c[:1] for c in CHATS], completion=[c[1:] for c in CHATS])))

@@ -9,7 +9,8 @@ __all__ = ['Teacher', 'FrozenTeacher', 'AdapterTeacher', 'CachedTeacher', 'match
 
 # %% ../nbs/api/07_distillation.ipynb #07-distillation-03
 import copy
-from typing import Mapping, Protocol
+from contextlib import contextmanager
+from typing import Iterator, Mapping, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -52,13 +53,22 @@ class FrozenTeacher:
         return hidden_states(self.model, batch)
 
 # %% ../nbs/api/07_distillation.ipynb #07-distillation-16
+@contextmanager
+def _without_adapter(model: nn.Module) -> Iterator[None]:
+    "The adapter is off while the block runs; PEFT would train all of it afterwards, and not what trained before."
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        with model.disable_adapter(): yield
+    finally:
+        for p, wanted in trained: p.requires_grad_(wanted)
+
 @torch.no_grad()
 def _changes_nothing(model: nn.Module) -> bool:
     "Whether a model with its adapter has the states that it has without, on five tokens."
     ids = torch.arange(5, device=next(model.parameters()).device)[None]  # (1, 5)
     with eval_mode(model):
         own = hidden_states(model, dict(input_ids=ids))
-        with model.disable_adapter(): below = hidden_states(model, dict(input_ids=ids))
+        with _without_adapter(model): below = hidden_states(model, dict(input_ids=ids))
     return (own - below).norm() <= 2e-2 * below.norm()  # rounding of bfloat16
 
 def _check_fresh(model: nn.Module):
@@ -92,7 +102,7 @@ class AdapterTeacher(FrozenTeacher):
 
     def __call__(self, batch: Mapping) -> Tensor:  # (B, T, H) hidden states of the initial model
         "The states that the head reads when the adapter is off and nothing is dropped."
-        with eval_mode(self.model), unwrap(self.model).disable_adapter(): return super().__call__(batch)
+        with eval_mode(self.model), _without_adapter(unwrap(self.model)): return super().__call__(batch)
 
 # %% ../nbs/api/07_distillation.ipynb #07-distillation-22
 class CachedTeacher:

@@ -9,7 +9,8 @@ __all__ = ['ROLES', 'LOCAL_TASKS', 'NEED_PUNKT', 'IFEVAL_TOKENS', 'Measures', 'h
            'measure_baseline', 'evaluate', 'summarise', 'role_of', 'benchmark']
 
 # %% ../nbs/api/10_evaluation.ipynb #10-evaluation-03
-import json, logging, os, tempfile
+import json, logging, os, random, tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import files
@@ -18,7 +19,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Callable, Iterator, Mapping, NamedTuple, Sequence
 
-import pandas as pd
+import numpy as np, pandas as pd
 import torch, yaml
 from torch import Tensor, nn
 
@@ -108,7 +109,7 @@ def measure_baseline(
 ) -> Baseline:  # for `evaluate`, as training goes on
     "Measure the initial model and keep what later measurements are compared with. Raises where there is no batch."
     _check_batches(batches)
-    head = head or frozen(head_of(model))
+    head = head or Head(*(x.detach().clone() if isinstance(x, Tensor) else x for x in head_of(model)))
     layouts = [lay_out(b) for b in batches]
     kept, own = [], []
     with eval_mode(model):
@@ -233,6 +234,17 @@ def _rows(name: str, task: str, sample: Mapping) -> Iterator[dict]:
                    response=str(sample["filtered_resps"][0]))
 
 # %% ../nbs/api/10_evaluation.ipynb #10-evaluation-50
+@contextmanager
+def _own_randomness() -> Iterator[None]:
+    "What the block draws and seeds, as the harness does, changes no random number afterwards."
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try: yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+# %% ../nbs/api/10_evaluation.ipynb #10-evaluation-50b
 def _run_harness(network, tasks: Sequence[str], folder: str, **more) -> dict:
     "Run the harness, with the task files of a folder beside its own."
     from lm_eval import simple_evaluate
@@ -272,12 +284,12 @@ def benchmark(
         raise ImportError("the package lm_eval is missing: run `pip install 'uat_repro[benchmarks]'`")
     from lm_eval.models.huggingface import HFLM
     longest, dtype = model.config.max_position_embeddings, torch.bfloat16 if _in_bf16(model) else None
-    network = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=longest,
-                   chat_template_args=with_fixed_date(tokenizer), mixed_precision_dtype=dtype)
     generation = dict(max_gen_toks=max_new_tokens) if max_new_tokens else None
     if max_new_tokens and max_new_tokens < IFEVAL_TOKENS and "ifeval" in tasks: _log.warning(
         "ifeval answers in %d tokens, not in its own %d: what asks for length can't be met", max_new_tokens, IFEVAL_TOKENS)
-    with tempfile.TemporaryDirectory() as folder, eval_mode(model):
+    with tempfile.TemporaryDirectory() as folder, eval_mode(model), _own_randomness():
+        network = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=longest,
+                       chat_template_args=with_fixed_date(tokenizer), mixed_precision_dtype=dtype)
         files = Path(data_dir or os.environ.get("UAT_REPRO_DATA_DIR") or folder)
         left_out = {t: _local(t, files, Path(folder)) for t in tasks}
         names = [t if left_out[t] is None else f"{t}_local" for t in tasks]

@@ -10,6 +10,7 @@ __all__ = ['UncertaintyAwareSFTTrainer']
 # %% ../nbs/api/09a_sft.ipynb #09a-sft-03
 import logging, re
 
+from datasets import IterableDataset
 from trl import SFTConfig, SFTTrainer
 
 from ._templates import fix_date
@@ -18,7 +19,17 @@ from .training import ObjectiveMixin, check_packed_evaluation
 # %% ../nbs/api/09a_sft.ipynb #09a-sft-06b
 _log = logging.getLogger(__name__)
 
-def _columns(dataset) -> set[str]: return {*(getattr(dataset, "column_names", None) or ())}
+def _first(dataset) -> dict:
+    "The first row of a stream whose columns nobody has named; else nothing."
+    unnamed = isinstance(dataset, IterableDataset) and dataset.column_names is None
+    return next(iter(dataset), {}) if unnamed else {}
+
+def _columns(dataset) -> set[str]: return {*(getattr(dataset, "column_names", None) or _first(dataset))}
+
+def _fields(x) -> set[str]:
+    "The names of all fields of a row, those of its turns as well."
+    if isinstance(x, dict): return {*x}.union(*map(_fields, x.values()))
+    return set().union(*map(_fields, x)) if isinstance(x, list) else set()
 
 def _check_text(dataset) -> None:
     "Raise where there are pictures, which TRL would give to the model and an objective would not."
@@ -52,12 +63,14 @@ class UncertaintyAwareSFTTrainer(ObjectiveMixin, SFTTrainer):
             raise ValueError("a token log names records, and TRL's batches have no ids: pass "
                              "data_collator=Collator(tokenizer) and rows of encode_all, without packing")
         _check_text(given.get("train_dataset"))
-        packed = args.packing or args.padding_free
+        packing = getattr(args, "packing", False)  # of plain `TrainingArguments`, which TRL takes too
+        packed = packing or getattr(args, "padding_free", False)
         if packed and given.get("eval_dataset") is not None: check_packed_evaluation(args)  # not after hours
         if self.objective.selects: _warn_of_questions(given.get("train_dataset"), args)
-        fields = str(getattr(given.get("train_dataset"), "features", None))  # those of turns as well
+        data = given.get("train_dataset")
+        fields = str(getattr(data, "features", None) or _fields(_first(data)))  # those of turns as well
         weights = re.findall(r"'(weight|token_weights|loss_weights)'", fields)
-        if weights and (args.packing or given.get("data_collator") is None):
+        if weights and (packing or given.get("data_collator") is None):
             raise ValueError(f"TRL does not read weights, and the data set has {weights[0]}: leave them out, or pass "
                              "rows of encode_all, packed by trl.pack_dataset or not, and a Collator(tokenizer)")
         return given

@@ -92,7 +92,8 @@ def coefficient(
     if not own @ own > 1e-10 * len(own): return Effect(math.nan, unit=unit, records=frame["record"].nunique())
     slope = own @ rest / (own @ own)
     terms = pd.Series(own * (rest - slope * own) / (own @ own), frame.index)
-    group = frame["cluster" if "cluster" in frame else "record"]
+    group = frame[name := "cluster" if "cluster" in frame else "record"]
+    if lost := int(group.isna().sum()): raise ValueError(f"{lost} tokens have no {name}: give one for each")
     table = terms.groupby([frame["seed"], group]).sum().unstack(fill_value=0.0)
     return replace(crossed_effect(slope + table.size * table, unit=unit), records=frame["record"].nunique())
 

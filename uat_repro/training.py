@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from accelerate import PartialState
+from accelerate import ParallelismConfig, PartialState
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -31,19 +31,20 @@ _log = logging.getLogger(__name__)
 
 # %% ../nbs/api/09_training.ipynb #09-training-10b
 class _Watching:
-    "For a Trainer: it ends where the gradient is NaN."
-    _norm = 0.0  # of the last gradient: NaN from the first step that loses the weights
+    "For a Trainer: it ends where the gradient is NaN or infinite."
+    _norm = 0.0  # of the last gradient: no number from the first step that loses the weights
 
     def _get_grad_norm(self, *args, **kwargs):
         self._norm = super()._get_grad_norm(*args, **kwargs)
         return self._norm
 
     def _check_gradient(self) -> None:
-        "Raise a `FloatingPointError` where the last gradient is NaN."
-        if math.isnan(self._norm) and getattr(self.accelerator, "scaler", None) is None:  # which leaves such steps out
+        "Raise a `FloatingPointError` where the last gradient is NaN or infinite, which clipping turns into NaN."
+        lost = self._norm is not None and not math.isfinite(self._norm)  # DeepSpeed may not tell
+        if lost and getattr(self.accelerator, "scaler", None) is None:  # which leaves such steps out
             raise FloatingPointError(
-                f"the gradient is NaN at step {self.state.global_step} or before, and so the weights are lost: begin "
-                "again, with a lower learning rate, more warm-up, or in float32")
+                f"the gradient is NaN or infinite at step {self.state.global_step} or before, and so the weights are lost: "
+                "begin again, with a lower learning rate, more warm-up, or in float32")
 
     @contextmanager
     def _naming_nan(self) -> Iterator[None]:
@@ -176,7 +177,10 @@ def _check(objective: Objective, teacher: Teacher | None, args: TrainingArgument
                          "are put together here: leave it at 'random', or override _get_train_sampler")
 
 # %% ../nbs/api/09_training.ipynb #09-training-27
-def _check_devices(gpus: int) -> None:
+def _check_devices(gpus: int, parallelism: ParallelismConfig | None = None) -> None:
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError("documents are cut among processes (context or sequence parallelism), so none sees which of "
+                         "their tokens to choose: leave cp_size and sp_size at 1")
     if gpus > 1:
         raise ValueError(f"this process sees {gpus} GPUs, and transformers would make batches {gpus} times as large: "
                          "set CUDA_VISIBLE_DEVICES to one of them, or start with `accelerate launch`")
@@ -197,9 +201,9 @@ def _is_whole(checkpoint: Path) -> bool:
     "Whether a checkpoint was written to its end and has lost nothing that a training goes on from."
     files = [*checkpoint.iterdir()]
     names = {file.name for file in files}
-    alone = ("scheduler.pt" in names) != bool({"optimizer.pt", "optimizer.bin"} & names)  # the latter of FSDP
+    both = "scheduler.pt" in names and bool({"optimizer.pt", "optimizer.bin"} & names)  # the latter of FSDP
     divided = any(file.is_dir() for file in files)  # an optimizer of several processes has a folder
-    return (checkpoint / "trainer_state.json").exists() and (divided or not alone) and all(map(_is_whole_file, files))
+    return (checkpoint / "trainer_state.json").exists() and (divided or both) and all(map(_is_whole_file, files))
 
 # %% ../nbs/api/09_training.ipynb #09-training-29b
 def _last_whole(folder: str | Path) -> str:
@@ -212,11 +216,11 @@ def _last_whole(folder: str | Path) -> str:
     raise ValueError(f"{folder} has no whole checkpoint to go on from: start from the beginning")
 
 class _Resuming:
-    "For a Trainer: it goes on from a whole checkpoint."
+    "For a Trainer: it goes on from a whole checkpoint, and begins without what it knows of an earlier training."
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         "The Trainer's; with True it goes on from the last whole checkpoint."
         if resume_from_checkpoint is True: resume_from_checkpoint = _last_whole(self.args.output_dir)
-        self._norm = 0.0  # of an earlier training
+        self._norm, self._seen, self._busy = 0.0, None, 0.0  # of an earlier training
         return super().train(resume_from_checkpoint, **kwargs)
 
 # %% ../nbs/api/09_training.ipynb #09-training-30
@@ -249,7 +253,7 @@ class ObjectiveMixin(_Resuming, _Evaluating, _Counting, _Logging, _Watching):
         _check(self.objective, teacher, args, kwargs)
         args.remove_unused_columns = False
         super().__init__(model, args, **self._fill_arguments(args, kwargs))
-        _check_devices(self.args.n_gpu)
+        _check_devices(self.args.n_gpu, getattr(self.accelerator, "parallelism_config", None))
         self.sources = sources_of(self.train_dataset)
         self.weighted = "loss_weights" in (getattr(self.train_dataset, "column_names", None) or ())
         if token_log is not None: self.add_callback(token_log)
@@ -282,14 +286,21 @@ class AtSteps(TrainerCallback):
         every: int,  # optimiser steps between two calls
     ):
         if every < 1: raise ValueError(f"every is {every}: give a number of steps, at least 1")
-        self.fn, self.every = fn, every
+        self.fn, self.every, self.last = fn, every, -1
+
+    def _call(self, step: int, model: nn.Module):
+        self.last = step
+        self.fn(step, model)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if state.global_step == 0: self.fn(0, model)
+        self.last = -1
+        if state.global_step == 0: self._call(0, model)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        step = state.global_step
-        if step % self.every == 0 or step == state.max_steps: self.fn(step, model)
+        if state.global_step % self.every == 0: self._call(state.global_step, model)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step != self.last: self._call(state.global_step, model)  # it may have stopped early
 
 # %% ../nbs/api/09_training.ipynb #09-training-50
 def train_in_memory(

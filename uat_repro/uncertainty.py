@@ -135,8 +135,11 @@ def score_samples(
 
 # %% ../nbs/api/05_uncertainty.ipynb #05-uncertainty-31
 def _above(model: nn.Module, batch: Mapping, layer: int) -> tuple[nn.Module, dict]:
-    "The layers of `model` from `layer` on, and the batch with the states that enter them."
+    "The layers of `model` from `layer` on, and the batch with the states that enter them. Raises as `split_layers`."
     bare = extract_model_from_parallel(model)
+    config = getattr(bare, "active_peft_config", None)
+    if any(getattr(config, name, None) for name in ("is_prompt_learning", "alora_invocation_tokens")):
+        raise ValueError("the adapter acts outside of the layers (a learnt prompt, aLoRA): leave from_layer at 0")
     trunk, top = split_layers(bare.get_base_model() if hasattr(bare, "get_base_model") else bare, layer)
     with eval_mode(trunk): return top, {**batch, "inputs_embeds": hidden_states(trunk, batch)}
 
