@@ -62,6 +62,7 @@ def _without_adapter(model: nn.Module) -> Iterator[None]:
     finally:
         for p, wanted in trained: p.requires_grad_(wanted)
 
+# %% ../nbs/api/07_distillation.ipynb #07-distillation-16b
 @torch.no_grad()
 def _changes_nothing(model: nn.Module) -> bool:
     "Whether a model with its adapter has the states that it has without, on five tokens."
