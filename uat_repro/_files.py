@@ -121,6 +121,7 @@ def _csv(path: Path, complain: Callable[[str], None]) -> Iterator[tuple[int, dic
                 if None in row: complain(f"{path}, line {rows.line_num}: more columns than the first line names")
                 else: yield rows.line_num, {name: row[name] for name in names}
 
+# %% ../nbs/api/00a_files.ipynb #00a-files-23b
 def without_nulls(value: Any) -> Any:
     "A value of a table without the nulls that fill up its objects."
     if isinstance(value, dict): return {name: without_nulls(part) for name, part in value.items() if part is not None}
