@@ -118,3 +118,7 @@ def test_heat_maps_leave_no_trace_in_pyplot():
     heatmap_figure(tokens(), "loss")
     draw_procedure(tokens().rename(columns=dict(loss="score")))
     assert plt.get_fignums() == before
+
+
+def test_tokens_that_show_nothing_have_a_picture_all_the_same():
+    assert heatmap_figure(pd.DataFrame(dict(token=["\r", "\r"], loss=[1., 2.])), "loss").get_figheight() > 0

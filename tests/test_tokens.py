@@ -292,6 +292,13 @@ def test_the_date_of_a_template_never_changes():
         assert tokenizer.decode(encode(ALPACA, tokenizer)["input_ids"]).startswith(TEMPLATE_DATE + "<|im_start|>")
 
 
+def test_the_template_for_tools_is_taken_where_there_is_one():
+    tokenizer, now = tiny(CHATML, MARKS), "{{ strftime_now('%d %b %Y') }}"
+    tokenizer.chat_template = dict(default=now + CHATML, tool_use=now + "{{ tools | tojson }}" + CHATML + ASK)
+    record = dict(messages=ALPACA_TURNS, tools=[dict(name="add")])
+    assert tokenizer.decode(encode(record, tokenizer)["input_ids"]).startswith(TEMPLATE_DATE + '[{"name": "add"}]')
+
+
 def test_half_a_surrogate_pair_is_no_character():
     row = encode({"question": "Q", "answer": "a \ud83d b"}, tiny(CHATML + ASK, MARKS))
     assert answers(row, tiny(CHATML + ASK, MARKS)) == ["a \ufffd b<|im_end|>"]

@@ -39,9 +39,9 @@ def fix_date(template: str) -> str:
     if template.startswith(default): return template
     return default + (_FIXED_NOW if "strftime_now" in template else "") + template
 
-def with_fixed_date(tokenizer) -> dict:  # arguments of `apply_chat_template`
+def with_fixed_date(tokenizer, tools: list | None = None) -> dict:  # arguments of `apply_chat_template`
     "What keeps a chat template from writing today's date."
-    template = tokenizer.get_chat_template()
+    template = tokenizer.get_chat_template(tools=tools)  # some have a template of its own for them
     fixed = dict(chat_template=fix_date(template)) if "strftime_now" in template else {}
     return dict(date_string=TEMPLATE_DATE, **fixed)
 
@@ -56,7 +56,8 @@ def require_template(tokenizer) -> None:
 def render_chat(messages: list[dict], tokenizer, **kwargs) -> str:
     "The chat as text, by the tokenizer's template with a fixed date."
     require_template(tokenizer)
-    more = dict(tools=messages[0].get("tools"), **with_fixed_date(tokenizer), **kwargs)
+    tools = messages[0].get("tools")
+    more = dict(tools=tools, **with_fixed_date(tokenizer, tools), **kwargs)
     try: return tokenizer.apply_chat_template(messages, tokenize=False, **more)
     except TemplateSyntaxError as e:
         raise ValueError(f"the chat template is no Jinja: {e.message}, in its line {e.lineno}") from None

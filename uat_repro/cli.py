@@ -70,7 +70,7 @@ def reproduce(
     only: option(list[str] | None, help="A figure, such as fig2a, or claims; may be repeated.") = None,
     dry_run: option(bool, "--dry-run", help="List the runs, and stop.") = False,
     workdir: option(Path | None, file_okay=False, help="Folder of results; `results` for cpu, else `results-<profile>`.") = None,
-    cores: option(int, min=1, help="Runs at once, of one thread each.") = 2,
+    cores: option(int, min=1, help="Runs at once, of one thread each; a cluster has its own number.") = 2,
     data_dir: DataDir = None,
     update: option(bool, "--update", help="Bring results of another configuration up to date.") = False,
     cluster: option(str | None, help="slurm, or the path of a Snakemake profile.") = None,
