@@ -203,7 +203,7 @@ def _layout(tokens: Iterable[str], width: int) -> list[tuple[int, int, int, str]
             pieces.append((i, line, column, text[k:k + width]))
             column += len(pieces[-1][3])
         if breaks: line, column = line + 1, 0
-    return pieces
+    return pieces or [(0, 0, 0, "")]
 
 # %% ../nbs/api/15_heatmaps.ipynb #15-heatmaps-39
 def _draw_tokens(ax: Axes, shown: _Map, pieces: list, size: float) -> None:
@@ -245,7 +245,7 @@ def heatmap_figure(
 ) -> Figure:  # 8 inches wide, as high as the tokens need
     "Tokens on the colour of their score, for print."
     maps, pieces = _maps(tokens, scores, selected, limits), _layout(tokens["token"], 96)
-    top, each = .42 if title else .12, (max((p[1] for p in pieces), default=0) + 1) * _LINE + .42
+    top, each = .42 if title else .12, (pieces[-1][1] + 1) * _LINE + .42
     fig = _figure(8, top + len(maps) * each + room)
     for n, shown in enumerate(maps): _draw_map(fig, top + n * each, shown, pieces, 96)
     head = dict(size=10.5, weight="bold", family="DejaVu Sans", color="#262626")
